@@ -1,0 +1,1 @@
+"""Mesh, differentiable counted collectives, and launching ranks."""

@@ -1,0 +1,96 @@
+"""The device mesh with axes data, stage, head, slice; the only caller of `init_device_mesh`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from helix.partition.grid import Grid, PartitionError
+
+AXES = ("data", "stage", "head", "slice")
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis of the mesh as this rank sees it: the ranks that differ from it along this axis only.
+
+    Args:
+        name: the axis' name, for counters and errors.
+        size: number of ranks along it.
+        rank: this rank's index along it.
+        group: their process group; None where size is 1, which no collective then touches.
+        exchanges: whether collectives are built from one direct exchange (see `helix.comm.transport`).
+    """
+
+    name: str
+    size: int
+    rank: int
+    group: dist.ProcessGroup | None
+    exchanges: bool = False
+
+
+SINGLE = Axis("single", 1, 0, None)
+
+
+class Mesh:
+    """data x stage x n x m ranks; slice is the innermost axis, so that an m-group sits on neighbouring devices.
+
+    Args:
+        grid: m feature slices by n head groups.
+        data: replicas that work on different samples.
+        stage: pipeline stages.
+        device_type: "cpu" or "cuda".
+
+    Raises:
+        PartitionError: if the process group's size is not data * stage * m * n.
+    """
+
+    def __init__(self, grid: Grid, data: int = 1, stage: int = 1, device_type: str = "cpu") -> None:
+        world = dist.get_world_size()
+        if world != data * stage * grid.ranks:
+            raise PartitionError(
+                f"data={data} x stage={stage} x m={grid.m} x n={grid.n} needs {data * stage * grid.ranks} ranks, "
+                f"not the {world} that are running"
+            )
+        self.grid = grid
+        self.device_type = device_type
+        self.device_mesh = init_device_mesh(device_type, (data, stage, grid.n, grid.m), mesh_dim_names=AXES)
+
+    def axis(self, name: str) -> Axis:
+        mesh = self.device_mesh[name]
+        size = mesh.size()
+        if size == 1:
+            return Axis(name, 1, 0, None)
+        group = mesh.get_group()
+        return Axis(name, size, mesh.get_local_rank(), group, exchanges=dist.get_backend(group) == "gloo")
+
+    @cached_property
+    def data(self) -> Axis:
+        return self.axis("data")
+
+    @cached_property
+    def head(self) -> Axis:
+        return self.axis("head")
+
+    @cached_property
+    def slice(self) -> Axis:
+        return self.axis("slice")
+
+    @cached_property
+    def model(self) -> Axis:
+        """All m * n ranks of one replica and stage as one axis, in the order rank = i * m + j."""
+        if self.grid.n == 1:
+            return self.slice
+        if self.grid.m == 1:
+            return self.head
+        mesh = self.weights._flatten("model")
+        group = mesh.get_group()
+        return Axis("model", mesh.size(), mesh.get_local_rank(), group, exchanges=dist.get_backend(group) == "gloo")
+
+    @cached_property
+    def weights(self) -> DeviceMesh:
+        """The (head, slice) mesh that parameters are sharded over."""
+        return self.device_mesh["head", "slice"]

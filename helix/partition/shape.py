@@ -1,0 +1,106 @@
+"""The dims of a whole transformer, as pure integers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from helix.partition.grid import Grid, HeadLayout, PartitionError, divisors
+
+
+@dataclass(frozen=True)
+class TransformerShape:
+    """A decoder-style transformer: `layers` blocks of attention and MLP (or experts) on a residual stream.
+
+    Args:
+        layers: number of blocks.
+        width: model width E, the residual stream's last dim.
+        heads, kv_heads, head_dim: see `HeadLayout`. heads * head_dim need not equal width, except for
+            `aggregate=concat` and `projection=block`, which have no matrix that could change the width.
+        mlp_hidden: MLP width F; with experts, the width of each expert.
+        vocab: vocabulary V; 256 for bytes.
+        rope, qk_norm, causal: attention variants.
+        experts: experts per layer; 0 means a dense MLP.
+        top_k: experts per token, 1 or 2 (what DeepSpeed-MoE supports).
+    """
+
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp_hidden: int
+    vocab: int = 256
+    rope: bool = True
+    qk_norm: bool = False
+    causal: bool = True
+    experts: int = 0
+    top_k: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "width", "mlp_hidden", "vocab"):
+            if getattr(self, name) < 1:
+                raise PartitionError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.experts < 0:
+            raise PartitionError(f"experts must be 0 (dense) or more, not {self.experts}")
+        if self.experts and self.top_k not in (1, 2):
+            raise PartitionError(f"top_k must be 1 or 2 (what DeepSpeed-MoE routes), not {self.top_k}")
+        if self.experts and self.top_k > self.experts:
+            raise PartitionError(f"top_k={self.top_k} needs at least that many experts, not {self.experts}")
+        _ = self.layout
+
+    @property
+    def layout(self) -> HeadLayout:
+        return HeadLayout(self.heads, self.kv_heads, self.head_dim, self.rope)
+
+    @property
+    def attention_width(self) -> int:
+        """H * D, the width of the concatenated heads."""
+        return self.heads * self.head_dim
+
+    def parameters(self, projects: bool = True, block: int = 1) -> int:
+        """Number of parameters of the whole model.
+
+        Args:
+            projects: whether there is a W_O (`aggregate=project`).
+            block: number of projection blocks; m * n with `projection=block`, 1 with `projection=column`.
+        """
+        qkv = (self.heads + 2 * self.kv_heads) * self.head_dim * self.width // block
+        output = self.attention_width * self.width if projects else 0
+        qk_norm = 2 * self.head_dim if self.qk_norm else 0
+        mlp = 2 * self.width * self.mlp_hidden
+        if self.experts:
+            mlp = self.experts * mlp + self.experts * self.width  # and the router
+        norms = 2 * self.width
+        return self.layers * (qkv + output + qk_norm + mlp + norms) + self.width + 2 * self.vocab * self.width
+
+
+def check_expert_parallel(experts: int, ep_size: int, ranks: int) -> None:
+    """Check that `experts` experts can lie on `ep_size` of `ranks` ranks, replicated ranks / ep_size times.
+
+    Raises:
+        PartitionError: with the legal sizes.
+    """
+    legal = [size for size in divisors(experts) if ranks % size == 0]
+    if ep_size not in legal:
+        raise PartitionError(
+            f"{experts} experts cannot be spread over ep_size={ep_size} of {ranks} ranks: ep_size must divide both; "
+            f"legal ep_size: {legal}"
+        )
+
+
+def default_expert_parallel(experts: int, ranks: int) -> int:
+    """The largest legal expert-parallel size: 8 experts on 16 ranks give 8 (and 2 replicas of each expert)."""
+    return max(size for size in divisors(experts) if ranks % size == 0)
+
+
+def check_ends(shape: TransformerShape, grid: Grid, aggregate: str, projection: str) -> None:
+    """Check that a layer without W_O, or with block projections, keeps the model width.
+
+    Raises:
+        PartitionError: if heads * head_dim differs from width where it has to agree.
+    """
+    for option, value in (("aggregate", aggregate), ("projection", projection)):
+        if value in ("concat", "block") and shape.attention_width != shape.width:
+            raise PartitionError(
+                f"{option}={value} needs heads * head_dim = width, not {shape.heads} * {shape.head_dim} != {shape.width}"
+            )
