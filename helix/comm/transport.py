@@ -60,7 +60,7 @@ def _exchange(x: Tensor, axis: Axis, send: list[int], receive: list[int]) -> Ten
 def _all_gather(shard: Tensor, axis: Axis) -> Tensor:
     out = shard.new_empty((axis.size * shard.shape[0], *shard.shape[1:]))
     if axis.exchanges:
-        copies = shard.expand(axis.size, *shard.shape).reshape(out.shape)
+        copies = shard.expand(axis.size, *shard.shape).contiguous().view(out.shape)
         dist.all_to_all_single(out, copies, group=axis.group)
     else:
         _all_gather_into(out, shard, group=axis.group)

@@ -52,3 +52,19 @@ def check_schedule(schedule: str, layout: HeadLayout, grid: Grid, batch: int, le
     if reason:
         legal = ["auto", *legal_schedules(layout, grid, batch, length)]
         raise PartitionError(f"schedule={schedule} cannot run on {grid.name}: {reason}; legal: {', '.join(legal)}")
+
+
+def deal_sizes(count: int, ranks: int) -> list[int]:
+    """How many of `count` things each rank is dealt: as even as can be, with no padding."""
+    return [(r + 1) * count // ranks - r * count // ranks for r in range(ranks)]
+
+
+def row_chunks(length: int, ranks: int, causal: bool) -> list[list[range]]:
+    """The runs of query rows that each rank computes under `rows`, in order of rank.
+
+    Causal attention makes late rows dearer than early ones, so they are dealt zig-zag: of 2 m chunks rank r
+    computes chunks r and 2 m - 1 - r, which together cost the same on every rank.
+    """
+    pieces = 2 * ranks if causal else ranks
+    runs = [range(c * length // pieces, (c + 1) * length // pieces) for c in range(pieces)]
+    return [[runs[r], runs[-1 - r]] if causal else [runs[r]] for r in range(ranks)]
