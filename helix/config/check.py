@@ -1,0 +1,189 @@
+"""Everything about a configuration that can be known before anything is imported, launched or loaded."""
+
+from __future__ import annotations
+
+import netrc
+import os
+from dataclasses import fields, is_dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+from helix.config import environment
+from helix.config.memory import check_memory
+from helix.config.schema import (
+    ConfigError,
+    InferConfig,
+    LoggerConfig,
+    ModelConfig,
+    ParallelConfig,
+    WorkloadConfig,
+    to_grid,
+    to_shape,
+)
+from helix.partition.grid import PartitionError, divisors, legal_grids
+from helix.partition.schedules import check_schedule
+from helix.partition.shape import check_ends, check_expert_parallel
+
+
+def check(settings: InferConfig) -> None:
+    """Check a whole configuration.
+
+    Raises:
+        ConfigError: if a value is illegal by itself, or here.
+        PartitionError: if values do not fit together. Both are one sentence with the legal choices.
+    """
+    check_values(settings)
+    check_method(settings.parallel)
+    check_model(settings.model, settings.parallel)
+    check_workload(settings.workload, settings.parallel)
+    check_layer(settings)
+    check_logger(settings.logger)
+    local_ranks = check_started(settings.parallel.ranks)
+    device = check_device(settings.device, local_ranks)
+    check_memory(settings, local_ranks, device)
+
+
+def check_values(node: Any, prefix: str = "") -> None:
+    """Check every field against the choices and bounds that its schema states beside it."""
+    for spec in fields(node):
+        key, value = prefix + spec.name, getattr(node, spec.name)
+        if is_dataclass(value):
+            check_values(value, key + ".")
+        elif value is None:
+            continue
+        elif "choices" in spec.metadata and value not in spec.metadata["choices"]:
+            legal = spec.metadata["choices"]
+            near = suggest(value, legal)
+            raise ConfigError(f"{key} cannot be {value!r}{near}; choose one of: {', '.join(legal)}")
+        # Written so that not-a-number, which compares false to everything, is refused too.
+        elif "at_least" in spec.metadata and not value >= spec.metadata["at_least"]:
+            raise ConfigError(f"{key} must be at least {spec.metadata['at_least']}, not {value}")
+
+
+def suggest(word: str, legal: list[str] | tuple[str, ...]) -> str:
+    """Half a sentence that names the nearest legal word, if one is near."""
+    near = get_close_matches(word, legal, n=1)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+def check_method(parallel: ParallelConfig) -> None:
+    """Check the sizes that only some methods have."""
+    if parallel.method == "single":
+        for name in ("m", "n", "data"):
+            if getattr(parallel, name) != 1:
+                raise ConfigError(
+                    f"parallel.method=single is one process, so parallel.{name} must be 1, not "
+                    f"{getattr(parallel, name)}; for more ranks take parallel=helix"
+                )
+    if parallel.stage != 1:
+        raise ConfigError(
+            f"parallel.stage must be 1, not {parallel.stage}: method {parallel.method} has no pipeline stages"
+        )
+
+
+def check_model(model: ModelConfig, parallel: ParallelConfig) -> None:
+    """Check that kind and experts agree, and that the experts can be spread over the ranks of one replica."""
+    if model.kind == "dense":
+        for name, neutral in (("experts", 0), ("ep_size", None)):
+            if getattr(model, name) != neutral:
+                raise ConfigError(
+                    f"model.kind=dense has no experts, so model.{name}={getattr(model, name)} cannot be; "
+                    "take model=moe, or model.kind=moe"
+                )
+    elif model.experts == 0:
+        raise ConfigError("model.kind=moe needs model.experts of at least 1, not 0; take model=dense for an MLP")
+    to_shape(model)  # its own rules
+    if model.ep_size is not None:
+        check_expert_parallel(model.experts, model.ep_size, to_grid(parallel).ranks)
+
+
+def check_workload(workload: WorkloadConfig, parallel: ParallelConfig) -> None:
+    """Check that the batch can be dealt to the data replicas, and that there is a text to read."""
+    batch, data = workload.batch_size, parallel.data
+    if batch % data:
+        raise ConfigError(
+            f"parallel.data={data} does not divide workload.batch_size={batch}; legal parallel.data: {divisors(batch)}"
+        )
+    if workload.text is not None:
+        _check_text(Path(workload.text), workload.seq_len)
+
+
+def _check_text(path: Path, seq_len: int) -> None:
+    wanted = "workload.text takes a readable file, a folder of them, or null for Python's standard library"
+    if not path.exists():
+        raise ConfigError(f"workload.text={path} does not exist; {wanted}")
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    for file in files:
+        if not os.access(file, os.R_OK):
+            raise ConfigError(f"workload.text={file} cannot be read; {wanted}")
+    size = sum(file.stat().st_size for file in files)
+    if size < seq_len:
+        raise ConfigError(
+            f"workload.text={path} has {size} bytes, too few for one sequence of workload.seq_len={seq_len}; {wanted}"
+        )
+
+
+def check_layer(settings: InferConfig) -> None:
+    """Check the grid against the heads, the layer's ends against the width, the schedule against both."""
+    parallel, workload = settings.parallel, settings.workload
+    shape, grid = to_shape(settings.model), to_grid(parallel)
+    try:
+        grid.check(shape.heads, shape.kv_heads, shape.head_dim, shape.rope)
+    except PartitionError as error:
+        if legal_grids(shape.layout, grid.ranks):
+            raise
+        # No grid of this many ranks is legal, so the error lists none; other numbers of ranks have some.
+        runs = shape.head_dim // shape.layout.parts
+        raise PartitionError(f"{error}; legal m: {divisors(runs)}, legal n: {divisors(shape.kv_heads)}") from None
+    check_ends(shape, grid, parallel.aggregate, parallel.projection)
+    check_schedule(parallel.schedule, shape.layout, grid, workload.batch_size // parallel.data, workload.seq_len)
+
+
+def check_logger(logger: LoggerConfig) -> None:
+    """Check that an online run has an account, which W&B itself would ask for after everything has started."""
+    if logger.kind != "wandb" or logger.mode != "online":
+        return
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE") or _has_login(host):
+        return
+    raise ConfigError(
+        f"logger.mode=online needs an API key for {host}: set WANDB_API_KEY or run `wandb login`; "
+        "without an account take logger=wandb (offline) or logger=none"
+    )
+
+
+def _has_login(host: str) -> bool:
+    candidates = [os.environ["NETRC"]] if "NETRC" in os.environ else ["~/.netrc", "~/_netrc"]
+    for path in (Path(name).expanduser() for name in candidates):
+        try:
+            if netrc.netrc(path).authenticators(host):
+                return True
+        except (OSError, netrc.NetrcParseError):
+            continue
+    return False
+
+
+def check_started(ranks: int) -> int:
+    """Check the configured ranks against those that are running, and return how many this host has."""
+    launcher = environment.started()
+    if launcher is None:
+        return ranks
+    if launcher.ranks != ranks:
+        raise ConfigError(
+            f"parallel.m * n * data * stage is {ranks} ranks, and {launcher.by} started {launcher.ranks}; start "
+            f"{ranks}, choose a grid of {launcher.ranks}, or run without a launcher and the ranks are forked"
+        )
+    return launcher.local_ranks
+
+
+def check_device(device: str, local_ranks: int) -> str:
+    """Check that CUDA, if it is asked for, has a GPU for each rank; returns the device that `auto` means."""
+    present = environment.gpus()
+    if device == "cuda" and present < local_ranks:
+        raise ConfigError(
+            f"device=cuda needs a GPU for each of {local_ranks} ranks, and this machine has {present}; "
+            "choose device=cpu, or device=auto, which takes GPUs only where there are enough"
+        )
+    return environment.resolve_device(device, local_ranks)

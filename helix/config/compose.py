@@ -1,0 +1,119 @@
+"""Composing the jobs of a command line, all of them before the first one starts."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, cast
+
+from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper, BasicSweeperConf
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from helix.config.explain import missing_value, unknown_key
+from helix.config.schema import ConfigError, InferConfig, ParallelConfig, register
+
+VERSION_BASE = "1.3"  # of Hydra's defaults; among them, that a job does not change the working directory
+
+
+def prepare() -> None:
+    """Make known to Hydra what conf/ refers to: the schemas, and the resolver that names run folders."""
+    register()
+    OmegaConf.register_new_resolver("helix_method", _method_name, replace=True)
+
+
+def compose_jobs(name: str, conf: Path, args: argparse.Namespace) -> list[DictConfig]:
+    """Every job of a command line as Hydra will compose it, `hydra` node included.
+
+    A sweep by another sweeper than Hydra's own has no jobs yet, since it may choose the next by the last.
+
+    Args:
+        name: of the primary config.
+        conf: folder that holds it.
+        args: Hydra's own, parsed.
+
+    Raises:
+        ConfigError: if a folder that was named is not there.
+        Exception: whatever Hydra and OmegaConf raise; see `helix.config.explain`.
+    """
+    if args.config_path is not None and not Path(args.config_path).is_absolute():
+        raise ConfigError(f"--config-path takes an absolute path, not {args.config_path}")
+    overrides = list(args.overrides)
+    for flag in ("config_path", "config_dir"):
+        folder = getattr(args, flag)
+        if folder is not None and not Path(folder).is_dir():
+            raise ConfigError(f"--{flag.replace('_', '-')}={folder} is not a folder; conf/ is used without it")
+    if args.config_dir is not None:
+        overrides.append(f"hydra.searchpath=['file://{Path(args.config_dir).resolve()}']")
+    name = args.config_name or name
+    with initialize_config_dir(str(args.config_path or conf), version_base=VERSION_BASE, job_name=name):
+        hydra = cast(Any, GlobalHydra.instance().hydra)
+        if args.multirun or hydra.get_mode(name, overrides) == RunMode.MULTIRUN:
+            overrides_of_jobs = _sweep(hydra, name, overrides)
+        else:
+            overrides_of_jobs = [overrides]
+        return [compose(name, job, return_hydra_config=True) for job in overrides_of_jobs]
+
+
+def _sweep(hydra: Any, name: str, overrides: list[str]) -> list[list[str]]:
+    """The overrides of each job of a sweep, by Hydra's own expansion."""
+    sweep = hydra.compose_config(config_name=name, overrides=overrides, run_mode=RunMode.MULTIRUN).hydra
+    if sweep.sweeper._target_ != BasicSweeperConf._target_:
+        return []
+    params = [f"{key}={value}" for key, value in (sweep.sweeper.params or {}).items()]
+    parser = OverridesParser.create(config_loader=hydra.config_loader)
+    parsed = parser.parse_overrides([*params, *sweep.overrides.task])
+    return [[*sweep.overrides.hydra, *job] for job in BasicSweeper.split_arguments(parsed, None)[0]]
+
+
+def typed(cfg: DictConfig, conf: Path) -> InferConfig:
+    """A composed job as its dataclass.
+
+    Raises:
+        ConfigError: if a value is missing or was removed, or a key was added that the schema lacks.
+    """
+    cfg = cfg.copy()
+    with open_dict(cfg):
+        cfg.pop("hydra", None)
+    added, removed = _changes(cfg)
+    if added:
+        raise ConfigError(unknown_key(added[0], InferConfig))
+    if missing := sorted(OmegaConf.missing_keys(cfg)) or removed:
+        raise ConfigError(missing_value(missing[0], InferConfig, conf))
+    return cast(InferConfig, OmegaConf.to_object(cfg))
+
+
+def check_folder(cfg: DictConfig, key: str) -> None:
+    """Check that a job's folder, which `key` names, can be made.
+
+    Raises:
+        ConfigError: if it cannot.
+    """
+    folder = Path(str(OmegaConf.select(cfg, key))).absolute()
+    above = folder
+    while not above.exists():
+        above = above.parent
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise ConfigError(f"{key}={folder} cannot be made: {above} is not a folder that this user can write to")
+
+
+def _changes(cfg: DictConfig, prefix: str = "") -> tuple[list[str], list[str]]:
+    """Keys that the schema lacks, and its keys that are not there: `+key=value` and `~key` change even a dataclass."""
+    known = {spec.name for spec in fields(cast(Any, OmegaConf.get_type(cfg)))}
+    keys = {str(key) for key in cfg}
+    added = [prefix + key for key in sorted(keys - known)]
+    removed = [prefix + key for key in sorted(known - keys)]
+    for key in sorted(keys & known):
+        if not OmegaConf.is_missing(cfg, key) and isinstance(cfg._get_node(key), DictConfig):
+            more_added, more_removed = _changes(cfg[key], f"{prefix}{key}.")
+            added, removed = added + more_added, removed + more_removed
+    return added, removed
+
+
+def _method_name(parallel: DictConfig) -> str:
+    return cast(ParallelConfig, OmegaConf.to_object(parallel)).name

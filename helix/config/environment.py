@@ -1,0 +1,97 @@
+"""What this machine and whoever started this process provide, asked without importing torch."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from helix.config.schema import ConfigError
+
+
+@dataclass(frozen=True)
+class Started:
+    """This process as one of several that a launcher started.
+
+    Args:
+        by: the launcher's name.
+        ranks: processes of the whole job.
+        rank: this one, counted from 0.
+        local_ranks: processes on this host.
+    """
+
+    by: str
+    ranks: int
+    rank: int
+    local_ranks: int
+
+
+def started() -> Started | None:
+    """How torchrun or srun started this process, or None if it was started by itself.
+
+    Raises:
+        ConfigError: if the launcher's variables are not numbers.
+    """
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        ranks = _number("WORLD_SIZE")
+        local = _number("LOCAL_WORLD_SIZE") if "LOCAL_WORLD_SIZE" in os.environ else ranks
+        return Started("torchrun", ranks, _number("RANK"), local)
+    # One task is a plain batch script, whose ranks are forked as anywhere else.
+    if "SLURM_PROCID" in os.environ and os.environ.get("SLURM_NTASKS", "1") != "1":
+        ranks, hosts = _number("SLURM_NTASKS"), int(os.environ.get("SLURM_NNODES", "1"))
+        return Started("SLURM", ranks, _number("SLURM_PROCID"), -(-ranks // hosts))
+    return None
+
+
+def speaks() -> bool:
+    """Whether this process is the one of its job that talks to the user."""
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+
+
+def gpus() -> int:
+    """NVIDIA GPUs that this process may use; 0 without a driver."""
+    present = len(list(Path("/dev").glob("nvidia[0-9]*")))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return present
+    named = [name for name in visible.split(",") if name.strip() not in ("", "-1")]
+    return min(present, len(named))
+
+
+def resolve_device(device: str, local_ranks: int) -> str:
+    """`auto` as what it means here: CUDA if every rank of this host has a GPU of its own, else the CPU."""
+    if device != "auto":
+        return device
+    return "cuda" if gpus() >= local_ranks else "cpu"
+
+
+def free_memory_bytes() -> int:
+    """Memory that new processes can have on this host, a container's limit included."""
+    free = int(psutil.virtual_memory().available)
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
+    except OSError:  # no version-2 control groups here
+        return free
+    return free if limit == "max" else min(free, int(limit) - int(used))
+
+
+def free_gpu_memory_bytes() -> int | None:
+    """Free memory of the fullest GPU, or None if the driver's tool does not say."""
+    command = ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=3, check=True).stdout
+        return min(int(line) for line in answer.split()) << 20
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return None
+
+
+def _number(variable: str) -> int:
+    text = os.environ[variable]
+    try:
+        return int(text)
+    except ValueError:
+        raise ConfigError(f"the environment variable {variable} must be a whole number, not {text!r}") from None

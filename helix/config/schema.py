@@ -1,0 +1,208 @@
+"""The typed configuration of a command, which Hydra composes from conf/.
+
+A field's metadata says which values it takes: `choices` for one of a few words, `at_least` for a bound.
+`helix.config.check` reads both, so that a limit is written once, beside its field.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING
+
+from helix.partition.grid import Grid, PartitionError
+from helix.partition.schedules import SCHEDULES
+from helix.partition.shape import TransformerShape, default_expert_parallel
+
+METHODS = ("helix", "single")
+# Bytes of one stored weight by precision, in Lightning's names; "true" means weights and arithmetic alike.
+ITEMSIZE = {"64-true": 8, "32-true": 4, "bf16-true": 2, "16-true": 2}
+
+
+class ConfigError(ValueError):
+    """A value that no run can have. One sentence, with the key, the value and the legal choices."""
+
+
+def one_of(default: str, choices: tuple[str, ...]) -> Any:
+    """A field that holds one of a few words."""
+    return field(default=default, metadata={"choices": choices})
+
+
+def at_least(bound: int, default: Any = MISSING) -> Any:
+    """A numeric field with a lower bound (inclusive); null, where its type allows that, is not held against it."""
+    return field(default=default, metadata={"at_least": bound})
+
+
+@dataclass
+class ParallelConfig:
+    """How one model is laid over ranks: m feature slices x n head groups x data replicas x pipeline stages.
+
+    `concat` matters to `aggregate=concat` only.
+    """
+
+    method: str = one_of("helix", METHODS)
+    m: int = at_least(1)
+    n: int = at_least(1)
+    data: int = at_least(1, 1)
+    stage: int = at_least(1, 1)
+    schedule: str = one_of("auto", ("auto", *SCHEDULES))
+    aggregate: str = one_of("project", ("project", "concat"))
+    concat: str = one_of("hierarchical", ("hierarchical", "flat"))
+    projection: str = one_of("column", ("column", "block"))
+    residual: str = one_of("sharded", ("sharded", "replicated"))
+
+    @property
+    def name(self) -> str:
+        """`helix_{m}x{n}`, or `single`."""
+        return self.method if self.method == "single" else f"{self.method}_{self.m}x{self.n}"
+
+    @property
+    def ranks(self) -> int:
+        """Processes of the whole job."""
+        return self.m * self.n * self.data * self.stage
+
+
+@dataclass
+class ModelConfig:
+    """A transformer's dims; see `helix.partition.shape.TransformerShape`.
+
+    kv_heads null means as many as heads. ep_size (ranks that the experts of one replica are spread over)
+    null means the largest number that divides both experts and m * n.
+    """
+
+    name: str = MISSING
+    kind: str = one_of("dense", ("dense", "moe"))
+    layers: int = at_least(1)
+    width: int = at_least(1)
+    heads: int = at_least(1)
+    kv_heads: int | None = at_least(1, None)
+    head_dim: int = at_least(1)
+    mlp_hidden: int = at_least(1)
+    vocab: int = at_least(256, 256)  # tokens are bytes
+    rope: bool = True
+    qk_norm: bool = False
+    causal: bool = True
+    experts: int = at_least(0, 0)
+    top_k: int = at_least(1, 1)
+    ep_size: int | None = at_least(1, None)
+
+
+@dataclass
+class HardwareConfig:
+    """What one device and its links can do; every figure dense, one direction; null means to be measured."""
+
+    name: str = MISSING
+    source: str = MISSING
+    devices_per_host: int | None = at_least(1, None)
+    matmul_TFLOP_per_s: float | None = at_least(0, None)
+    link_GB_per_s: float | None = at_least(0, None)
+    link_latency_us: float | None = at_least(0, None)
+    host_link_GB_per_s: float | None = at_least(0, None)
+    memory_GB_per_device: float | None = at_least(0, None)
+
+
+@dataclass
+class WorkloadConfig:
+    """What is measured, and how often.
+
+    Args:
+        batch_size: sequences of one step over all data replicas.
+        seq_len: tokens of one sequence.
+        warmup: steps before each run's clock starts.
+        iterations: timed steps of one run.
+        runs: independent runs; two are the fewest that have an interval.
+        text: path of a UTF-8 text whose bytes are the tokens; null means this machine's Python standard library.
+    """
+
+    name: str = MISSING
+    batch_size: int = at_least(1)
+    seq_len: int = at_least(1)
+    warmup: int = at_least(0)
+    iterations: int = at_least(1)
+    runs: int = at_least(2)
+    text: str | None = None
+
+
+@dataclass
+class LoggerConfig:
+    """Where a run's metrics go besides report.json."""
+
+    kind: str = one_of("wandb", ("wandb", "none"))
+    mode: str = one_of("offline", ("offline", "online"))
+    project: str = "helix"
+    group: str | None = None
+
+
+@dataclass
+class InferConfig:
+    """Everything that `infer.py` is told."""
+
+    parallel: ParallelConfig = MISSING
+    model: ModelConfig = MISSING
+    hardware: HardwareConfig = MISSING
+    workload: WorkloadConfig = MISSING
+    logger: LoggerConfig = MISSING
+    precision: str = one_of("32-true", tuple(ITEMSIZE))
+    seed: int = at_least(0, 0)
+    device: str = one_of("auto", ("auto", "cpu", "cuda"))
+
+
+def register() -> None:
+    """Make the schemas known to Hydra; conf/infer.yaml names its own first in its defaults list."""
+    ConfigStore.instance().store(name="infer_schema", node=InferConfig)
+
+
+def to_grid(parallel: ParallelConfig) -> Grid:
+    """The grid of one replica's attention layers."""
+    return Grid(m=parallel.m, n=parallel.n)
+
+
+def to_shape(model: ModelConfig) -> TransformerShape:
+    """The model's dims as the partition arithmetic takes them.
+
+    Raises:
+        PartitionError: if they do not fit together.
+    """
+    return TransformerShape(
+        layers=model.layers,
+        width=model.width,
+        heads=model.heads,
+        kv_heads=model.heads if model.kv_heads is None else model.kv_heads,
+        head_dim=model.head_dim,
+        mlp_hidden=model.mlp_hidden,
+        vocab=model.vocab,
+        rope=model.rope,
+        qk_norm=model.qk_norm,
+        causal=model.causal,
+        experts=model.experts,
+        top_k=model.top_k,
+    )
+
+
+def expert_parallel(model: ModelConfig, parallel: ParallelConfig) -> int:
+    """Ranks that the experts of one replica are spread over; 1 for a dense model."""
+    if model.kind == "dense":
+        return 1
+    return model.ep_size or default_expert_parallel(model.experts, to_grid(parallel).ranks)
+
+
+__all__ = [
+    "ITEMSIZE",
+    "METHODS",
+    "ConfigError",
+    "HardwareConfig",
+    "InferConfig",
+    "LoggerConfig",
+    "ModelConfig",
+    "ParallelConfig",
+    "PartitionError",
+    "WorkloadConfig",
+    "at_least",
+    "expert_parallel",
+    "one_of",
+    "register",
+    "to_grid",
+    "to_shape",
+]

@@ -1,0 +1,27 @@
+"""The inference benchmark: python infer.py parallel=helix_4x4 model=moe
+
+`python infer.py --help` lists the config groups; README.md says what is measured.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from helix.config.cli import command, stop
+from helix.config.schema import InferConfig
+
+
+@command("infer", conf=Path(__file__).resolve().parent / "conf")
+def main(settings: InferConfig, run_dir: Path) -> None:
+    """Run what was configured; torch is imported from here on, when nothing is wrong any more."""
+    from helix.comm.launch import RankError
+    from helix.study.inference import run
+
+    try:
+        run(settings, run_dir=run_dir)
+    except RankError as error:
+        stop(str(error), code=1)
+
+
+if __name__ == "__main__":
+    main()
