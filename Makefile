@@ -1,0 +1,36 @@
+# What a user types is what CI calls; nothing else is here.
+PYTHON ?= python3
+BIN := .venv/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: setup infer test check lab clean
+
+setup: .venv/.stamp
+
+# torch comes first and pinned: where a CPU build of that version is at hand, pip prefers it (2.13.0+cpu sorts
+# above 2.13.0), and what follows finds torch installed and doesn't pull several GB of CUDA.
+.venv/.stamp: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	@echo "Installing the versions of constraints.txt into .venv (a few minutes the first time)"
+	$(BIN)/pip install -qq torch==2.13.0 -c constraints.txt
+	$(BIN)/pip install -qq -e '.[moe,lab,dev]' -c constraints.txt
+	@touch $@
+
+infer: setup
+	$(BIN)/python infer.py parallel=helix_4x4 model=moe
+
+test: setup
+	$(BIN)/python -m pytest
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+lab: setup
+	$(BIN)/jupyter lab --notebook-dir notebooks
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,38 @@
+"""Two-level partitioned attention: heads in n groups, every head's features in m slices.
+
+Names are loaded when first used: `import helix` costs nothing, and neither DeepSpeed nor Lightning comes with
+any of them.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from helix.attention import HelixAttention as HelixAttention
+    from helix.comm.launch import launch as launch
+    from helix.partition.grid import Grid as Grid
+    from helix.partition.grid import PartitionError as PartitionError
+
+__version__ = "0.1.0"
+__all__ = ["Grid", "HelixAttention", "PartitionError", "launch"]
+
+_HOMES = {
+    "Grid": "helix.partition.grid",
+    "HelixAttention": "helix.attention",
+    "PartitionError": "helix.partition.grid",
+    "launch": "helix.comm.launch",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value  # found here the next time
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

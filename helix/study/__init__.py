@@ -1,0 +1,1 @@
+"""Measuring: a text to run on, statistics of repeated runs, the report, its table, and the W&B run."""

@@ -1,0 +1,192 @@
+"""`report.json`: what one run measured, and what it takes to repeat it.
+
+Scripts and notebooks read this file, so keys are added, never renamed. Units are in the names.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from helix.study.statistics import Summary
+
+_DISTRIBUTIONS = ("helix-attention", "torch", "lightning", "deepspeed", "hydra-core", "wandb", "numpy")
+
+
+@dataclass(frozen=True)
+class Schedules:
+    """The schedule of each phase, resolved (never `auto`); None for a phase that did not run."""
+
+    prefill: str | None
+    decode: str | None = None
+
+
+@dataclass(frozen=True)
+class Method:
+    """How the model was partitioned: m slices, n head groups, `data` replicas, `stage` pipeline stages."""
+
+    name: str
+    m: int
+    n: int
+    schedule: Schedules
+    data: int = 1
+    stage: int = 1
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one rank; `predicted` is the closed form's figure for `weights`."""
+
+    weights: int
+    activations_peak: int
+    peak: int
+    predicted: int
+    kv_cache: int = 0
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that leave one rank in one step, by "collective/name": counted as it ran, and from the closed forms."""
+
+    executed: Mapping[str, int]
+    predicted: Mapping[str, int]
+
+    @property
+    def agrees(self) -> bool:
+        return dict(self.executed) == dict(self.predicted)
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Relative error (Frobenius norm) of the output against a single-device FP32 oracle.
+
+    Args:
+        reference: "mha_fp32_single", or "mha_narrow_heads" for `perslice`, which computes attention with
+            heads * m heads of width head_dim / m.
+        relative_error: against that reference.
+        relative_error_to_h_heads: for `perslice`, against the attention with `heads` heads that the model's
+            name promises; None for the exact schedules.
+    """
+
+    reference: str
+    relative_error: float
+    relative_error_to_h_heads: float | None = None
+
+
+@dataclass(frozen=True)
+class Tracked:
+    """Where the W&B run is; `path` is relative to the report's folder."""
+
+    mode: str
+    path: str | None
+    id: str | None
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of what decides the figures; packages that are not installed are left out."""
+    found = {"python": platform.python_version()}
+    for name in _DISTRIBUTIONS:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def command() -> str:
+    """The command line of this process, ready to paste."""
+    return shlex.join(["python", *sys.argv])
+
+
+def git_commit() -> str | None:
+    """The commit this package runs from, with `-dirty` if files differ from it; None outside a repository."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD"], capture_output=True, timeout=10).returncode
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit.stdout.strip() + ("-dirty" if changed else "")
+
+
+def now() -> str:
+    """The present as ISO 8601 with its offset, for `started_at`."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+@dataclass(frozen=True)
+class Report:
+    """One run. Every figure in `Summary` form holds one value for each independent run.
+
+    Args:
+        started_at: `now()`, taken when the run began.
+        model, hardware, workload: the composed config's groups as plain dicts.
+        comm_ms_per_token: time in collectives a token (the papers' "TPOT").
+        ttft_ms, tpot_ms: generation only: time to the first token, and time per output token.
+        baselines: the same keys for each method measured beside this one, with "paired".
+    """
+
+    started_at: str
+    method: Method
+    world_size: int
+    model: dict[str, Any]
+    hardware: dict[str, Any]
+    workload: dict[str, Any]
+    precision: str
+    seed: int
+    tokens_per_s: Summary
+    step_ms: Summary
+    comm_ms_per_token: Summary
+    memory_bytes_per_rank: Memory
+    comm_bytes_per_rank_per_step: Traffic
+    accuracy: Accuracy
+    ttft_ms: Summary | None = None
+    tpot_ms: Summary | None = None
+    baselines: list[dict[str, Any]] = field(default_factory=list)
+    wandb: Tracked | None = None
+    versions: dict[str, str] = field(default_factory=versions)
+    command: str = field(default_factory=command)
+    git_commit: str | None = field(default_factory=git_commit)
+
+
+def to_json(report: Report) -> str:
+    """The report as JSON. What is not finite becomes null: JSON has neither NaN nor infinity."""
+    content = _plain(report)
+    if report.accuracy.relative_error_to_h_heads is None:
+        del content["accuracy"]["relative_error_to_h_heads"]
+    return json.dumps(content, indent=2, allow_nan=False) + "\n"
+
+
+def write(report: Report, path: Path | str) -> Path:
+    """Write `report.json`, whole or not at all: a reader never meets half a file."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        draft.write_text(to_json(report))
+        draft.replace(target)
+    finally:
+        draft.unlink(missing_ok=True)
+    return target
+
+
+def _plain(value: Any) -> Any:
+    """A dataclass and what it holds as JSON's own types (`asdict` fails on a defaultdict before Python 3.12)."""
+    if is_dataclass(value):
+        return {item.name: _plain(getattr(value, item.name)) for item in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,144 @@
+"""The table at the end of a run: a report, for people. Readable from 80 columns up."""
+
+from __future__ import annotations
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from helix.study.report import Report
+from helix.study.statistics import Summary
+
+_REFERENCES = {
+    "mha_fp32_single": "the same model on one device in FP32",
+    "mha_narrow_heads": "attention with heads x m narrow heads, on one device in FP32",
+}
+
+
+def show(report: Report, console: Console | None = None) -> None:
+    """Print the table of a report."""
+    (console or Console()).print(render(report))
+
+
+def render(report: Report) -> RenderableType:
+    """The table of a report, for any rich console."""
+    blank = Text()
+    parts: list[RenderableType] = [_headline(report), blank, _figures(report), blank, _traffic(report), blank]
+    parts += [_memory(report), blank, _accuracy(report)]
+    if report.accuracy.relative_error_to_h_heads is not None:
+        parts.append(_perslice_notice(report, report.accuracy.relative_error_to_h_heads))
+    if report.wandb is not None and report.wandb.path is not None:
+        # The path is what one copies: never broken by a line's end.
+        parts.append(
+            Text(f"W&B ({report.wandb.mode}): {report.wandb.path}", style="dim", no_wrap=True, overflow="fold")
+        )
+    return Group(*parts)
+
+
+def _headline(report: Report) -> Text:
+    method, workload = report.method, report.workload
+    schedule = " / ".join(name for name in (method.schedule.prefill, method.schedule.decode) if name)
+    ranks = "1 rank" if report.world_size == 1 else f"{report.world_size} ranks"
+    line = Text()
+    line.append(method.name, style="bold")
+    line.append(f"  {method.m} slices x {method.n} head groups, schedule ")
+    line.append(schedule or "none", style="bold")
+    line.append(f", {ranks}\n")
+    line.append(f"model {report.model['name']}, {report.precision}, ")
+    line.append(f"batch {workload['batch_size']} x {workload['seq_len']} tokens, ")
+    line.append(f"{len(report.tokens_per_s.runs)} runs of {workload['iterations']} steps, seed {report.seed}")
+    return line
+
+
+def _table(*columns: str) -> Table:
+    """A table whose first column is words and whose others are numbers, one below the other."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table.add_column(columns[0], overflow="fold", min_width=24)
+    for column in columns[1:]:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
+def _figures(report: Report) -> Table:
+    table = _table("over runs", "mean", "95 % interval", "sd", "CV")
+    rows: list[tuple[str, Summary | None]] = [
+        ("tokens/s", report.tokens_per_s),
+        ("step, ms", report.step_ms),
+        ("communication, ms/token", report.comm_ms_per_token),
+        ("time to first token, ms", report.ttft_ms),
+        ("time per output token, ms", report.tpot_ms),
+    ]
+    for name, summary in rows:
+        if summary is not None:
+            low, high = summary.ci95
+            cv = "-" if summary.cv is None else f"{summary.cv:.1%}"
+            interval = f"{figure(low)} .. {figure(high)}"
+            table.add_row(name, figure(summary.mean), interval, figure(summary.sd), cv)
+    return table
+
+
+def _traffic(report: Report) -> RenderableType:
+    executed, predicted = report.comm_bytes_per_rank_per_step.executed, report.comm_bytes_per_rank_per_step.predicted
+    names = list(dict.fromkeys([*predicted, *executed]))
+    if not names:
+        return Text("Nothing moves between ranks.")
+    table = _table("leaves one rank in one step, bytes", "executed", "predicted", "")
+    for name in names:
+        pair = executed.get(name, 0), predicted.get(name, 0)
+        table.add_row(name, *(f"{count:,}" for count in pair), _mark(pair[0] == pair[1]))
+    table.add_section()
+    totals = sum(executed.values()), sum(predicted.values())
+    table.add_row("all", *(f"{count:,}" for count in totals), _mark(report.comm_bytes_per_rank_per_step.agrees))
+    return table
+
+
+def _memory(report: Report) -> Table:
+    memory = report.memory_bytes_per_rank
+    table = _table("memory of one rank", "measured", "predicted")
+    table.add_row("weights", size(memory.weights), size(memory.predicted))
+    if memory.kv_cache:
+        table.add_row("KV cache", size(memory.kv_cache), "")
+    table.add_row("activations, peak", size(memory.activations_peak), "")
+    table.add_row("process, peak", size(memory.peak), "")
+    return table
+
+
+def _accuracy(report: Report) -> Text:
+    accuracy = report.accuracy
+    reference = _REFERENCES.get(accuracy.reference, accuracy.reference)
+    return Text.assemble("Relative error ", (f"{accuracy.relative_error:.1e}", "bold"), f" against {reference}.")
+
+
+def _perslice_notice(report: Report, distance: float) -> Panel:
+    heads, m = report.model["heads"], report.method.m
+    text = Text.assemble(
+        f"perslice is not the attention with {heads} heads. It computes attention with {heads * m} heads of 1/{m} the "
+        "width, and the relative error above is against that. Its output differs from the attention with "
+        f"{heads} heads and the same weights by ",
+        (f"{distance:.0%}", "bold"),
+        " (relative error). For weights trained with that attention, choose any other schedule.",
+    )
+    return Panel(text, title="A different function", title_align="left", border_style="yellow")
+
+
+def _mark(agrees: bool) -> Text:
+    return Text("✓", style="green") if agrees else Text("✗ differ", style="bold red")
+
+
+def figure(value: float) -> str:
+    """A number to four significant digits, or whole and grouped by thousands from 1000 up."""
+    if value == 0:
+        return "0"
+    return f"{value:,.0f}" if abs(value) >= 999.95 else f"{value:.4g}"
+
+
+def size(count: int) -> str:
+    """Bytes in decimal units."""
+    value, unit = float(count), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if value < 999.5:
+            break
+        value, unit = value / 1000, larger
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.3g} {unit}"

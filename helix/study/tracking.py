@@ -1,0 +1,208 @@
+"""The W&B run of rank 0, finished on every way out.
+
+A run's records reach its file only once they are flushed: in a forked rank that ends without `finish()`, the
+file keeps 7 bytes, silently. A rank ends in four ways:
+
+    returns, raises     the context manager finishes the run (exit code 0, or the error's)
+    SIGTERM, SIGINT     torch elastic sends it to the survivors when a rank dies. The main thread is then, as a
+                        rule, blocked in C++ inside a collective, where Python runs no signal handler. But the
+                        C-level handler does run, in whichever thread the kernel picks, and writes to the wakeup
+                        fd: a thread waiting there finishes the run and ends the process, with 128 + signal.
+                        (`sigwait` in a thread was rejected: it needs the signal blocked in every thread, those
+                        of gloo and W&B included, and W&B's own process would inherit the block.)
+    SIGKILL             nobody can finish it; see `track`.
+
+Processes that rank 0 forks itself (data loaders) share neither the watcher nor its socket: a signal to one of
+them is not a signal to the run.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from wandb import Run
+
+    from helix.config.schema import LoggerConfig
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# torch elastic follows with SIGKILL after 30 s, a user sooner; an offline run needs less than 1 s to finish.
+_FINISH_LIMIT_S = 5.0
+# After Ctrl-C, how long the main thread gets to unwind by itself, so that its traceback and clean-up happen.
+_UNWIND_LIMIT_S = 1.0
+# The wakeup fd's socket while a run is watched. Handlers and wakeup fd are the process's, so this is too.
+_watched: list[socket.socket] = []
+
+
+class Tracker:
+    """Where a run's metrics go: a W&B run, or nowhere.
+
+    Attributes:
+        experiment: the W&B run, as Lightning's `WandbLogger(experiment=...)` takes it; None with `kind: none`.
+        mode: "offline" or "online"; None with `kind: none`.
+        id: W&B's id of the run.
+        path: the run's folder (which holds `run-{id}.wandb`).
+    """
+
+    def __init__(self, experiment: Run | None, mode: str | None) -> None:
+        self.experiment = experiment
+        self.mode = mode
+        self.id: str | None = experiment.id if experiment else None
+        self.path: Path | None = Path(experiment.dir).parent if experiment else None
+        self._finishing = threading.Lock()
+        self.finished = threading.Event()
+
+    def log(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """Add one record to the run's history. Steps must not decrease: W&B drops records of earlier steps."""
+        if self.experiment is not None:
+            self.experiment.log(dict(metrics), step=step)
+
+    def summary(self, figures: Mapping[str, Any]) -> None:
+        """Set the run's final figures."""
+        if self.experiment is not None:
+            self.experiment.summary.update(dict(figures))
+
+    def finish(self, exit_code: int) -> None:
+        """Flush and close the run; only the first call counts, and the others wait for it."""
+        with self._finishing:
+            if self.experiment is not None and not self.finished.is_set():
+                self.experiment.finish(exit_code=exit_code)
+            self.finished.set()
+
+
+@contextmanager
+def track(config: LoggerConfig, directory: Path | str, run_config: Mapping[str, Any]) -> Iterator[Tracker]:
+    """Own the W&B run of this process, which must be rank 0's, from its main thread.
+
+    A process killed with SIGKILL loses what W&B had not written: offline it writes whole blocks of 32 KB and
+    has no flush but `finish`, so a short run's file then holds nothing (seen with W&B 0.31). `report.json` and
+    the terminal are the record of what was killed; W&B's own process ends by itself a second later.
+
+    Args:
+        config: `kind: none` gives a tracker that does nothing.
+        directory: an existing folder, under which `wandb/` is made.
+        run_config: the composed config as a plain dict.
+
+    Raises:
+        ValueError: if `mode: online` finds no account.
+    """
+    if config.kind == "none":
+        yield Tracker(None, None)
+        return
+    tracker = Tracker(_start(config, directory, run_config), config.mode)
+    with _finish_on_signal(tracker):
+        try:
+            yield tracker
+        except BaseException as error:
+            tracker.finish(_exit_code(error))
+            raise
+        tracker.finish(0)
+
+
+def _start(config: LoggerConfig, directory: Path | str, run_config: Mapping[str, Any]) -> Run:
+    import wandb  # 0.5 s, and not at all with `kind: none`
+
+    settings = wandb.Settings(
+        console="off",
+        silent=True,
+        save_code=False,
+        # A sampling thread would share two cores with sixteen ranks whose time is being measured.
+        x_disable_stats=True,
+    )
+    try:
+        return wandb.init(
+            project=config.project,
+            group=config.group,
+            dir=str(directory),
+            mode="online" if config.mode == "online" else "offline",
+            config=dict(run_config),
+            settings=settings,
+        )
+    except wandb.errors.UsageError as error:
+        raise ValueError(
+            "logger.mode=online needs a W&B account: run `wandb login`, set WANDB_API_KEY, or use logger.mode=offline"
+        ) from error
+
+
+@contextmanager
+def _finish_on_signal(tracker: Tracker) -> Iterator[None]:
+    """While inside, SIGTERM and SIGINT finish the run, wherever the main thread is. Undone on the way out."""
+    receiver, sender = socket.socketpair()
+    sender.setblocking(False)
+    watcher = threading.Thread(target=_watch, args=(receiver, tracker), name="helix-signals", daemon=True)
+    watcher.start()
+    # A Python-level handler has to exist for the C-level one to be installed; SIGINT's does, as a rule.
+    before = signal.signal(signal.SIGTERM, _leave_to_watcher)
+    wakeup_before = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
+    _watched.append(sender)
+    try:
+        yield
+    finally:
+        _watched.remove(sender)
+        signal.set_wakeup_fd(wakeup_before)
+        signal.signal(signal.SIGTERM, before)
+        sender.close()  # the watcher reads the end of the stream, and returns
+        watcher.join(_FINISH_LIMIT_S)
+        receiver.close()
+
+
+def _watch(receiver: socket.socket, tracker: Tracker) -> None:
+    while numbers := receiver.recv(64):
+        for number in numbers:
+            if number == signal.SIGINT and tracker.finished.wait(_UNWIND_LIMIT_S):
+                continue  # the main thread was in Python, and KeyboardInterrupt reached it
+            if number in _SIGNALS:
+                _end(tracker, 128 + number)
+
+
+def _end(tracker: Tracker, exit_code: int) -> None:
+    """Finish the run and end the process, within a bounded time. Nothing else of the rank's state is at stake."""
+    finishing = threading.Thread(target=tracker.finish, args=(exit_code,), daemon=True)
+    finishing.start()
+    finishing.join(_FINISH_LIMIT_S)
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(Exception):
+            stream.flush()
+    os._exit(exit_code)
+
+
+def _leave_to_watcher(signum: int, frame: FrameType | None) -> None:
+    """Nothing: the wakeup fd has told the watcher."""
+
+
+def _exit_code(error: BaseException) -> int:
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    return 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
+
+
+def _hold_signals() -> None:
+    """Before a fork: a signal that reached the child before `_disarm` would be told to the parent's watcher."""
+    if _watched:
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+
+
+def _release_signals() -> None:
+    if _watched:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+
+
+def _disarm() -> None:
+    """In a forked child: have its signals do what they do in any process."""
+    if _watched:
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        _release_signals()
+        _watched.clear()
+
+
+os.register_at_fork(before=_hold_signals, after_in_parent=_release_signals, after_in_child=_disarm)

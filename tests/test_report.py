@@ -1,0 +1,235 @@
+"""The report's contract, and the table made of it."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import re
+from collections import defaultdict
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from helix.study import report as reports
+from helix.study.report import Accuracy, Memory, Method, Report, Schedules, Tracked, Traffic, to_json, write
+from helix.study.statistics import summarize
+from helix.study.table import figure, render, size
+from helix.study.text import byte_batches, corpus
+
+QKV, OUT, EXPERTS = "all_to_all/attention.qkv", "reduce_scatter/attention.output", "all_to_all/moe.dispatch"
+
+
+def made_up() -> Report:
+    """A report with invented figures, of the width that real ones have."""
+    return Report(
+        started_at="2026-08-01T12:00:00+00:00",
+        method=Method("helix_4x4", 4, 4, Schedules("heads")),
+        world_size=16,
+        model={"name": "moe", "heads": 16, "head_dim": 64},
+        hardware={"name": "cpu"},
+        workload={"name": "small", "batch_size": 8, "seq_len": 256, "iterations": 10},
+        precision="32-true",
+        seed=0,
+        tokens_per_s=summarize([1_580_000.0, 1_610_000.0, 1_595_000.0]),
+        step_ms=summarize([850.1, 861.2, 855.3]),
+        comm_ms_per_token=summarize([0.0912, 0.0954, 0.0931]),
+        memory_bytes_per_rank=Memory(
+            weights=4_330_752, activations_peak=52_428_800, peak=891_289_600, predicted=4_330_752
+        ),
+        comm_bytes_per_rank_per_step=Traffic(
+            {QKV: 4_718_592, OUT: 1_572_864, EXPERTS: 1_234_567_890},
+            {QKV: 4_718_592, OUT: 1_572_864, EXPERTS: 1_234_567_890},
+        ),
+        accuracy=Accuracy("mha_fp32_single", 3.1e-7),
+        wandb=Tracked("offline", "wandb/offline-run-20260801_120000-abcdefgh", "abcdefgh"),
+    )
+
+
+def rendered(report: Report, width: int) -> str:
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(render(report))
+    return console.export_text()
+
+
+def perslice() -> Report:
+    report = made_up()
+    return replace(
+        report,
+        method=replace(report.method, schedule=Schedules("perslice")),
+        accuracy=Accuracy("mha_narrow_heads", 2.9e-7, relative_error_to_h_heads=0.83),
+    )
+
+
+def test_json_has_the_contracts_keys() -> None:
+    content = json.loads(to_json(made_up()))
+    assert content["method"] == {
+        "name": "helix_4x4",
+        "m": 4,
+        "n": 4,
+        "schedule": {"prefill": "heads", "decode": None},
+        "data": 1,
+        "stage": 1,
+    }
+    contract = {"world_size", "model", "hardware", "workload", "versions", "command", "git_commit", "started_at"}
+    contract |= {"tokens_per_s", "comm_ms_per_token", "step_ms", "ttft_ms", "tpot_ms", "memory_bytes_per_rank"}
+    contract |= {"comm_bytes_per_rank_per_step", "accuracy", "baselines", "wandb"}
+    assert contract <= content.keys()
+    assert content["tokens_per_s"].keys() == {"runs", "mean", "sd", "ci95", "cv"}
+    assert len(content["tokens_per_s"]["ci95"]) == 2
+    assert content["memory_bytes_per_rank"].keys() == {"weights", "kv_cache", "activations_peak", "peak", "predicted"}
+    assert content["comm_bytes_per_rank_per_step"].keys() == {"executed", "predicted"}
+    assert content["accuracy"] == {"reference": "mha_fp32_single", "relative_error": 3.1e-7}
+    assert content["wandb"].keys() == {"mode", "path", "id"}
+    assert content["baselines"] == []
+
+
+def test_perslice_reports_both_errors() -> None:
+    assert json.loads(to_json(perslice()))["accuracy"] == {
+        "reference": "mha_narrow_heads",
+        "relative_error": 2.9e-7,
+        "relative_error_to_h_heads": 0.83,
+    }
+
+
+def test_what_is_not_finite_becomes_null_and_counters_become_objects() -> None:
+    counted: dict[str, int] = defaultdict(int)
+    counted[QKV] += 8
+    report = replace(
+        made_up(),
+        accuracy=Accuracy("mha_fp32_single", math.nan),
+        hardware={"link_GB_per_s": math.inf},
+        comm_bytes_per_rank_per_step=Traffic(counted, {QKV: 8}),
+    )
+    content = json.loads(to_json(report))
+    assert content["accuracy"]["relative_error"] is None
+    assert content["hardware"] == {"link_GB_per_s": None}
+    assert content["comm_bytes_per_rank_per_step"]["executed"] == {QKV: 8}
+    assert report.comm_bytes_per_rank_per_step.agrees
+
+
+def test_write_replaces_the_file_and_leaves_no_draft(tmp_path: Path) -> None:
+    target = tmp_path / "run" / "report.json"
+    write(made_up(), target)
+    write(perslice(), target)
+    assert json.loads(target.read_text())["method"]["schedule"]["prefill"] == "perslice"
+    assert [file.name for file in target.parent.iterdir()] == ["report.json"]
+
+
+def test_a_report_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:
+    target = write(made_up(), tmp_path / "report.json")
+    before = target.read_text()
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        write(replace(made_up(), model={"name": object()}), target)
+    assert target.read_text() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["report.json"]
+
+
+def test_provenance() -> None:
+    found = reports.versions()
+    assert {"python", "torch", "wandb"} <= found.keys()
+    assert reports.command().startswith("python ")
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", reports.now())
+    commit = reports.git_commit()
+    assert commit is None or re.fullmatch(r"[0-9a-f]{40}(-dirty)?", commit)
+
+
+@pytest.mark.parametrize("width", [80, 100])
+@pytest.mark.parametrize("report", [made_up(), perslice()], ids=["exact", "perslice"])
+def test_table_fits_and_breaks_no_figure(report: Report, width: int) -> None:
+    lines = rendered(report, width).splitlines()
+    assert max(map(len, lines)) <= width
+    text = "\n".join(lines)
+    for part in (
+        "helix_4x4",
+        "1,595,000",
+        "1,557,738 .. 1,632,262",
+        "communication, ms/token",
+        "1,234,567,890",
+        "4.33 MB",
+    ):
+        assert part in text
+    assert text.count("✓") == 4  # three collectives and their sum
+    assert "✗" not in text
+    assert report.wandb is not None
+    assert f"{report.wandb.path}\n" in text + "\n"  # one line, to be copied
+
+
+def test_table_warns_of_perslice_alone() -> None:
+    assert "A different function" in rendered(perslice(), 80)
+    assert "83%" in rendered(perslice(), 80)
+    assert "A different function" not in rendered(made_up(), 80)
+
+
+def test_table_marks_bytes_that_differ() -> None:
+    traffic = Traffic({QKV: 100, OUT: 5}, {QKV: 101})
+    text = rendered(replace(made_up(), comm_bytes_per_rank_per_step=traffic), 80)
+    assert text.count("✗ differ") == 3  # both collectives, the unforeseen one too, and the sum
+
+
+def test_table_of_one_process() -> None:
+    report = replace(
+        made_up(),
+        method=Method("single", 1, 1, Schedules("heads")),
+        world_size=1,
+        comm_ms_per_token=summarize([0.0, 0.0]),
+        comm_bytes_per_rank_per_step=Traffic({}, {}),
+        wandb=None,
+    )
+    text = rendered(report, 80)
+    assert "1 rank\n" in text.replace(" \n", "\n")
+    assert "Nothing moves" in text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0, "0"), (0.0932123, "0.09321"), (855.54, "855.5"), (999.96, "1,000"), (1.5e6, "1,500,000")]
+)
+def test_figure(value: float, text: str) -> None:
+    assert figure(value) == text
+
+
+@pytest.mark.parametrize(("count", "text"), [(0, "0 B"), (999, "999 B"), (999_600, "1 MB"), (4_330_752, "4.33 MB")])
+def test_size(count: int, text: str) -> None:
+    assert size(count) == text
+
+
+def test_corpus_is_this_machines_own_and_repeatable() -> None:
+    text = corpus(limit_bytes=100_000)
+    assert len(text) == 100_000
+    assert text == corpus(limit_bytes=100_000)
+    assert b"import" in text
+
+
+def test_corpus_of_a_folder_and_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "two.txt").write_text("two")
+    (tmp_path / "a.txt").write_text("one ")
+    assert corpus(str(tmp_path)) == b"one two"
+    assert corpus(str(tmp_path / "a.txt")) == b"one "
+    assert corpus(str(tmp_path), limit_bytes=6) == b"one tw"
+    with pytest.raises(ValueError, match=r"there is no text at .*nothing"):
+        corpus(str(tmp_path / "nothing"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="is empty"):
+        corpus(str(tmp_path / "empty"))
+
+
+def test_batches_are_windows_of_the_text() -> None:
+    data = bytes(range(256))
+    tokens = byte_batches(data, batch=3, length=5, count=2, seed=7)
+    assert (tokens.shape, str(tokens.dtype)) == ((2, 3, 5), "int64")
+    assert (tokens[..., 1:] - tokens[..., :-1] == 1).all()
+    assert (tokens == byte_batches(data, 3, 5, 2, seed=7)).all()
+    assert (tokens != byte_batches(data, 3, 5, 2, seed=8)).any()
+    assert byte_batches(data, 1, 256, 1, seed=0).tolist() == [[list(data)]]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [((1, 257, 1), "256 bytes, too few for one sequence of 257"), ((0, 1, 1), "batch must be at least 1")],
+)
+def test_batches_refuse(sizes: tuple[int, int, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        byte_batches(bytes(range(256)), *sizes, seed=0)
