@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -94,3 +94,17 @@ class Mesh:
     def weights(self) -> DeviceMesh:
         """The (head, slice) mesh that parameters are sharded over."""
         return self.device_mesh["head", "slice"]
+
+    @lru_cache(maxsize=None)  # noqa: B019  a mesh lives as long as its process group
+    def experts(self, size: int) -> DeviceMesh:
+        """The (replica, expert) mesh: the m * n ranks of one replica and stage as (m n / size) x size.
+
+        Raises:
+            PartitionError: if size does not divide m * n.
+        """
+        if self.grid.ranks % size:
+            raise PartitionError(f"ep_size={size} does not divide m*n={self.grid.ranks}")
+        data, stage, *_ = self.device_mesh.shape
+        shape = (data, stage, self.grid.ranks // size, size)
+        mesh = init_device_mesh(self.device_type, shape, mesh_dim_names=("data", "stage", "replica", "expert"))
+        return mesh["replica", "expert"]

@@ -53,6 +53,16 @@ class Log:
 _listeners: list[Log] = []
 
 
+def listening() -> bool:
+    return bool(_listeners)
+
+
+def tell(key: str, nbytes: int, seconds: float, calls: int = 1) -> None:
+    """Tell the listeners of collectives that another library ran."""
+    for log in _listeners:
+        log.add(key, nbytes, seconds, calls)
+
+
 @contextmanager
 def record() -> Iterator[Log]:
     """Listen to every collective of this process. Listeners nest; each sees everything."""

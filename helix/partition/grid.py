@@ -154,6 +154,19 @@ class Grid:
         ]
 
 
+def shard_range(count: int, grid: Grid, rank: int) -> range:
+    """Indices of a dim of `count` that `rank` holds when all m * n ranks cut it: first the head axis, then the slice.
+
+    Each axis cuts into ceil-sized pieces, the last ones smaller or empty, as DTensor does; so an MLP width or a
+    vocabulary need not be divisible by the number of ranks.
+    """
+    i, j = grid.coordinates(rank)
+    outer = -(-count // grid.n)
+    start, stop = min(i * outer, count), min((i + 1) * outer, count)
+    inner = -(-(stop - start) // grid.m)
+    return range(min(start + j * inner, stop), min(start + (j + 1) * inner, stop))
+
+
 def divisors(value: int) -> list[int]:
     return [d for d in range(1, value + 1) if value % d == 0]
 

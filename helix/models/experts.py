@@ -1,0 +1,174 @@
+"""The experts of the MoE transformer: `deepspeed.moe.layer.MoE`; the only import of DeepSpeed.
+
+8 experts on 16 ranks are EP8 x 2: expert g lies on rank g of each group of eight, and the two groups route
+different tokens. The tokens are sharded over all m * n ranks before the router sees them, so that each is
+routed once, not once for every rank that holds a copy.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.nn.utils import parametrize
+
+from helix.comm.mesh import Mesh
+from helix.comm.parameters import Work, empty_parameter, fill_normal, local
+from helix.comm.record import listening, tell
+from helix.comm.stream import Replicated, Sharded, Stream
+from helix.partition import wire
+from helix.partition.shape import check_expert_parallel
+
+
+class Expert(nn.Module):
+    """gelu(x W_up^T) W_down^T. This rank's expert of up[experts@expert, F, E] and down[experts@expert, E, F]."""
+
+    def __init__(self, width: int, hidden: int, mesh: Mesh, ep_size: int, dtype: torch.dtype | None) -> None:
+        super().__init__()
+        ranks, placements = mesh.experts(ep_size), (Replicate(), Shard(0))
+        self.up = empty_parameter((ep_size, hidden, width), ranks, placements, dtype)
+        self.down = empty_parameter((ep_size, width, hidden), ranks, placements, dtype)
+
+    def init_weights(self, seed: int, name: str) -> None:
+        for key, parameter in self.named_parameters():
+            # Only the own expert is drawn: the whole of all experts would be drawn on every rank.
+            own = parameter.to_local()[0]
+            fill_normal(own, own.shape[1] ** -0.5, seed, f"{name}.{key}")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(F.gelu(F.linear(x, local(self.up)[0])), local(self.down)[0])
+
+
+class _Local(nn.Module):
+    """Hands DeepSpeed's router, which computes with plain tensors, the local tensor of a DTensor."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return local(weight, Work.SHARDED)
+
+
+class Experts(nn.Module):
+    """Top-k routing and `experts` experts over `ep_size` ranks each, on the residual stream.
+
+    No token is dropped, so that the result does not depend on how the tokens lie over the ranks; the exchange
+    is as large as the fullest expert of a group needs (`last_capacity`).
+
+    Attributes:
+        auxiliary_loss: load-balancing loss of this rank's tokens in the last forward (GShard).
+        last_capacity: rows for each (rank, expert) pair in the last forward's exchange.
+
+    Raises:
+        PartitionError: if ep_size divides not both the experts and the ranks.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        experts: int,
+        top_k: int,
+        ep_size: int,
+        mesh: Mesh,
+        stream: Stream,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_expert_parallel(experts, ep_size, mesh.grid.ranks)
+        moe = _import_moe(mesh.device_type)
+        self.moe = moe(
+            width,
+            Expert(width, hidden, mesh, ep_size, dtype),
+            num_experts=experts,
+            ep_size=ep_size,
+            k=top_k,
+            min_capacity=0,
+            drop_tokens=False,
+            use_rts=False,
+            top2_2nd_expert_sampling=False,
+        )
+        # DeepSpeed would make its own process groups, by name and for the process; ours belong to the mesh.
+        self.moe.deepspeed_moe._set_ep_group(mesh.experts(ep_size).get_group("expert"))
+        self.first_expert = mesh.experts(ep_size).get_local_rank("expert") * (experts // ep_size)
+        router = self.moe.deepspeed_moe.gate.wg
+        router.weight = empty_parameter((experts, width), mesh.weights, (Replicate(), Replicate()), torch.float32)
+        parametrize.register_parametrization(router, "weight", _Local(), unsafe=True)
+        self.moe.deepspeed_moe.experts.register_forward_pre_hook(self._see_exchange)
+        self.experts, self.ep_size = experts, ep_size
+        self.tokens = Sharded(stream.axis)
+        self.replicated = isinstance(stream, Replicated)
+        self.auxiliary_loss: Tensor | None = None
+        self.last_capacity = 0
+
+    @property
+    def router_weight(self) -> DTensor:
+        """[experts, E] on every rank, in fp32."""
+        weight: DTensor = self.moe.deepspeed_moe.gate.wg.parametrizations.weight.original
+        return weight
+
+    def init_weights(self, seed: int, name: str) -> None:
+        fill_normal(self.router_weight, self.router_weight.shape[1] ** -0.5, seed, f"{name}.router")
+        for offset, expert in enumerate(self.moe.deepspeed_moe.experts.deepspeed_experts):
+            expert.init_weights(seed, f"{name}.experts.{self.first_expert + offset}")
+
+    def forward(self, x: Tensor, shape: tuple[int, int]) -> Tensor:
+        """The stream -> the stream."""
+        if self.replicated:
+            x = self.tokens.leave_whole(x, "experts")
+        if listening():
+            with _deepspeed_seconds() as seconds:
+                y, self.auxiliary_loss, _ = self.moe(x)
+            self._tell(x.shape[-1] * x.element_size(), seconds)
+        else:
+            y, self.auxiliary_loss, _ = self.moe(x)
+        return self.tokens.finish(y, shape[0] * shape[1], "experts") if self.replicated else y
+
+
+    def _see_exchange(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        """DeepSpeed hands its experts [ep_size, experts / ep_size, capacity, E]: what the exchange brought."""
+        self.last_capacity = args[0].shape[2]
+
+    def _tell(self, row_bytes: int, seconds: dict[str, float]) -> None:
+        """Tell the listeners of the last forward: the fullest expert's count agreed on, dispatch, and return."""
+        if self.ep_size == 1:
+            return
+        own = self.last_capacity * self.experts // self.ep_size * row_bytes
+        tell("all_to_all/experts", 2 * (self.ep_size - 1) * own, seconds["all_to_all_single"], calls=2)
+        tell("all_reduce/experts.capacity", wire.all_reduce(1, self.ep_size, 8), seconds["all_reduce"])
+
+
+def _import_moe(device_type: str) -> Any:
+    """DeepSpeed's MoE class, set up for this device and for the process group that is running."""
+    if device_type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    import deepspeed
+    from deepspeed.moe.layer import MoE
+
+    # DeepSpeed would compile a shared-memory all-reduce (a minute, at first use) that routing never calls.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not deepspeed.comm.is_initialized():
+        deepspeed.init_distributed("nccl" if device_type == "cuda" else "gloo", verbose=False)
+    return MoE
+
+
+@contextmanager
+def _deepspeed_seconds() -> Iterator[dict[str, float]]:
+    """Seconds that DeepSpeed spent in each kind of collective, from its own communication log."""
+    from deepspeed.comm import comm
+
+    logger, seconds = comm.comms_logger, defaultdict[str, float](float)
+    before = logger.enabled, logger.prof_all, logger.comms_dict
+    logger.enabled, logger.prof_all, logger.comms_dict = True, True, {}
+    try:
+        yield seconds
+    finally:
+        for operation, sizes in logger.comms_dict.items():
+            seconds[operation] += sum(sum(milliseconds) for _, milliseconds, *_ in sizes.values()) / 1e3
+        logger.enabled, logger.prof_all, logger.comms_dict = before

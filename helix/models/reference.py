@@ -1,0 +1,137 @@
+"""The whole model on one device, from whole weights, with explicit scores: what a run's accuracy is held against.
+
+It shares no layer with the partitioned model, only the names and seeds of the weights, so that both hold the
+same numbers without moving any. Experts are computed one after the other, each for the tokens routed to it.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from helix.attention.oracle import attention_oracle, block_weights
+from helix.comm.parameters import fill_normal
+from helix.partition.grid import Grid
+from helix.partition.options import AttentionOptions
+from helix.partition.shape import TransformerShape
+
+NORM_EPS = 1e-6
+
+
+class Reference(nn.Module):
+    """The transformer of `shape` on one device.
+
+    Args:
+        shape: the model's dims.
+        grid, options: of the run it is the reference for. They change the function with `schedule=perslice`
+            (h * m narrow heads), `projection=block` (block-diagonal weights) and `aggregate=concat` (no W_O).
+        narrow: whether attention has h * m narrow heads, as `perslice` computes.
+        dtype: of weights and arithmetic; fp32 unless the run is wider.
+
+    Attributes:
+        routes: for each MoE layer of the last forward, the experts [N, k] that the tokens were sent to.
+    """
+
+    def __init__(
+        self,
+        shape: TransformerShape,
+        grid: Grid,
+        options: AttentionOptions,
+        narrow: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.shape, self.grid, self.options = shape, grid, options
+        self.slices = grid.m if narrow else 1
+        self.dtype = dtype
+        self.routes: list[Tensor] = []
+        self.weights = nn.ParameterDict()
+
+    def init_weights(self, seed: int) -> None:
+        """The weights that `Transformer.init_weights(seed)` gives, whole."""
+        shape = self.shape
+        self._draw("embedding.weight", (shape.vocab, shape.width), 1.0, seed)
+        for layer in range(shape.layers):
+            self._draw_attention(f"blocks.{layer}.attention", seed)
+            self._draw_mlp(f"blocks.{layer}.mlp", seed)
+        self._draw("head.weight", (shape.vocab, shape.width), shape.width**-0.5, seed)
+
+    def _draw(self, name: str, size: tuple[int, ...], std: float, seed: int, dtype: torch.dtype | None = None) -> None:
+        weight = nn.Parameter(torch.empty(*size, dtype=dtype or self.dtype))
+        fill_normal(weight, std, seed, name)
+        self.weights[_key(name)] = weight
+
+    def _draw_attention(self, name: str, seed: int) -> None:
+        shape, layout = self.shape, self.shape.layout
+        head = (layout.parts, layout.head_dim // layout.parts)
+        columns = shape.width // self.grid.ranks if self.options.projection == "block" else shape.width
+        for key, heads in (("wq", shape.heads), ("wk", shape.kv_heads), ("wv", shape.kv_heads)):
+            self._draw(f"{name}.{key}", (heads, *head, columns), columns**-0.5, seed)
+        if self.options.aggregate == "project":
+            self._draw(f"{name}.wo", (shape.width, shape.heads, *head), shape.attention_width**-0.5, seed)
+
+    def _draw_mlp(self, name: str, seed: int) -> None:
+        shape = self.shape
+        names = [f"{name}.experts.{e}" for e in range(shape.experts)] or [name]
+        for each in names:
+            self._draw(f"{each}.up", (shape.mlp_hidden, shape.width), shape.width**-0.5, seed)
+            self._draw(f"{each}.down", (shape.width, shape.mlp_hidden), shape.mlp_hidden**-0.5, seed)
+        if shape.experts:
+            self._draw(f"{name}.router", (shape.experts, shape.width), shape.width**-0.5, seed, torch.float32)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens[B, T] -> logits[B * T, V]."""
+        self.routes = []
+        x = F.embedding(tokens, self._weight("embedding.weight"))
+        for layer in range(self.shape.layers):
+            x = x + self._attention(f"blocks.{layer}.attention", self._norm(x))
+            x = x + self._mlp(f"blocks.{layer}.mlp", self._norm(x))
+        return F.linear(self._norm(x), self._weight("head.weight")).flatten(0, 1)
+
+    def _weight(self, name: str) -> Tensor:
+        return self.weights[_key(name)]
+
+    def _norm(self, x: Tensor) -> Tensor:
+        return x * (x.pow(2).mean(-1, keepdim=True) + NORM_EPS).rsqrt()
+
+    def _attention(self, name: str, x: Tensor) -> Tensor:
+        layout = self.shape.layout
+        qkv = [self._weight(f"{name}.{key}") for key in ("wq", "wk", "wv")]
+        if self.options.projection == "block":
+            qkv = [block_weights(w, layout.heads, self.grid.m, self.grid.n) for w in qkv]
+        wo = self._weight(f"{name}.wo") if self.options.aggregate == "project" else None
+        # Untrained QK-norm weights are ones.
+        ones = x.new_ones(layout.parts, layout.head_dim // layout.parts) if self.shape.qk_norm else None
+        return attention_oracle(
+            x,
+            *qkv,
+            wo,
+            q_norm=ones,
+            k_norm=ones,
+            causal=self.shape.causal,
+            rope=self.shape.rope,
+            slices=self.slices,
+        )
+
+    def _mlp(self, name: str, x: Tensor) -> Tensor:
+        if not self.shape.experts:
+            return self._feed_forward(name, x)
+        flat = x.flatten(0, 1)
+        gates = F.linear(flat.float(), self._weight(f"{name}.router")).softmax(-1)
+        weight, expert = gates.topk(self.shape.top_k, dim=-1)
+        if self.shape.top_k > 1:
+            weight = weight / weight.sum(-1, keepdim=True)
+        self.routes.append(expert)
+        y = torch.zeros_like(flat)
+        for index in range(self.shape.experts):
+            token, rank = (expert == index).nonzero(as_tuple=True)
+            y[token] += (weight[token, rank, None] * self._feed_forward(f"{name}.experts.{index}", flat[token])).to(y)
+        return y.view_as(x)
+
+    def _feed_forward(self, name: str, x: Tensor) -> Tensor:
+        return F.linear(F.gelu(F.linear(x, self._weight(f"{name}.up"))), self._weight(f"{name}.down"))
+
+
+def _key(name: str) -> str:
+    return name.replace(".", "/")  # ParameterDict takes no dots
