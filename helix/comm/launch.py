@@ -109,7 +109,9 @@ def _fork(fn: Callable[..., T], args: tuple[Any, ...], ranks: int, device: str, 
     return [results[rank] for rank in range(ranks)]
 
 
-def _rank_main(fn: Callable[..., T], args: tuple[Any, ...], device: str, timeout_s: float, folder: str, parent: int) -> T:
+def _rank_main(
+    fn: Callable[..., T], args: tuple[Any, ...], device: str, timeout_s: float, folder: str, parent: int
+) -> T:
     rank = int(os.environ["RANK"])
     # The launcher's Python handlers came along with the fork. A rank that waits inside a collective runs no
     # Python, so it would outlive SIGTERM until elastic's SIGKILL, 30 s later.

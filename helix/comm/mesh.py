@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cache, cached_property
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -35,6 +35,14 @@ class Axis:
 SINGLE = Axis("single", 1, 0, None)
 
 
+def axis_of(line: DeviceMesh, name: str) -> Axis:
+    """A one-dimensional device mesh as an axis."""
+    if line.size() == 1:
+        return Axis(name, 1, 0, None)
+    group = line.get_group()
+    return Axis(name, line.size(), line.get_local_rank(), group, exchanges=dist.get_backend(group) == "gloo")
+
+
 class Mesh:
     """data x stage x n x m ranks; slice is the innermost axis, so that an m-group sits on neighbouring devices.
 
@@ -59,25 +67,17 @@ class Mesh:
         self.device_type = device_type
         self.device_mesh = init_device_mesh(device_type, (data, stage, grid.n, grid.m), mesh_dim_names=AXES)
 
-    def axis(self, name: str) -> Axis:
-        mesh = self.device_mesh[name]
-        size = mesh.size()
-        if size == 1:
-            return Axis(name, 1, 0, None)
-        group = mesh.get_group()
-        return Axis(name, size, mesh.get_local_rank(), group, exchanges=dist.get_backend(group) == "gloo")
-
     @cached_property
     def data(self) -> Axis:
-        return self.axis("data")
+        return axis_of(self.device_mesh["data"], "data")
 
     @cached_property
     def head(self) -> Axis:
-        return self.axis("head")
+        return axis_of(self.device_mesh["head"], "head")
 
     @cached_property
     def slice(self) -> Axis:
-        return self.axis("slice")
+        return axis_of(self.device_mesh["slice"], "slice")
 
     @cached_property
     def model(self) -> Axis:
@@ -86,16 +86,14 @@ class Mesh:
             return self.slice
         if self.grid.m == 1:
             return self.head
-        mesh = self.weights._flatten("model")
-        group = mesh.get_group()
-        return Axis("model", mesh.size(), mesh.get_local_rank(), group, exchanges=dist.get_backend(group) == "gloo")
+        return axis_of(self.weights._flatten("model"), "model")
 
     @cached_property
     def weights(self) -> DeviceMesh:
         """The (head, slice) mesh that parameters are sharded over."""
         return self.device_mesh["head", "slice"]
 
-    @lru_cache(maxsize=None)  # noqa: B019  a mesh lives as long as its process group
+    @cache  # noqa: B019  a mesh lives as long as its process group
     def experts(self, size: int) -> DeviceMesh:
         """The (replica, expert) mesh: the m * n ranks of one replica and stage as (m n / size) x size.
 

@@ -37,7 +37,9 @@ def empty_parameter(
     """
     if mesh is None:
         return nn.Parameter(torch.empty(*shape, dtype=dtype))
-    return nn.Parameter(empty(*shape, dtype=dtype or torch.get_default_dtype(), device_mesh=mesh, placements=placements))
+    return nn.Parameter(
+        empty(*shape, dtype=dtype or torch.get_default_dtype(), device_mesh=mesh, placements=placements)
+    )
 
 
 def fill(parameter: Tensor, whole: Tensor) -> None:

@@ -20,7 +20,9 @@ from helix.partition import wire
 
 # torch 2.13 renamed these two and deprecated the old names; torch 2.11 has only the old ones.
 _all_gather_into: Callable[..., object] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter_into: Callable[..., object] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_reduce_scatter_into: Callable[..., object] = (
+    getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+)
 
 
 def all_gather(shard: Tensor, axis: Axis, name: str) -> Tensor:

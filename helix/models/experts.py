@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -81,7 +80,7 @@ class Experts(nn.Module):
     ) -> None:
         super().__init__()
         check_expert_parallel(experts, ep_size, mesh.grid.ranks)
-        moe = _import_moe(mesh.device_type)
+        moe = _start_deepspeed(mesh.device_type)
         self.moe = moe(
             width,
             Expert(width, hidden, mesh, ep_size, dtype),
@@ -129,7 +128,6 @@ class Experts(nn.Module):
             y, self.auxiliary_loss, _ = self.moe(x)
         return self.tokens.finish(y, shape[0] * shape[1], "experts") if self.replicated else y
 
-
     def _see_exchange(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         """DeepSpeed hands its experts [ep_size, experts / ep_size, capacity, E]: what the exchange brought."""
         self.last_capacity = args[0].shape[2]
@@ -143,16 +141,23 @@ class Experts(nn.Module):
         tell("all_reduce/experts.capacity", wire.all_reduce(1, self.ep_size, 8), seconds["all_reduce"])
 
 
-def _import_moe(device_type: str) -> Any:
-    """DeepSpeed's MoE class, set up for this device and for the process group that is running."""
+def load_deepspeed(device_type: str) -> None:
+    """Import DeepSpeed, for this kind of device; whoever forks ranks calls it first, so that they share it."""
     if device_type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    import deepspeed
-    from deepspeed.moe.layer import MoE
+    import deepspeed.moe.layer
 
     # DeepSpeed would compile a shared-memory all-reduce (a minute, at first use) that routing never calls.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def _start_deepspeed(device_type: str) -> Any:
+    """DeepSpeed's MoE class, on the process group that is running."""
+    load_deepspeed(device_type)
+    import deepspeed
+    from deepspeed.moe.layer import MoE
+
     if not deepspeed.comm.is_initialized():
         deepspeed.init_distributed("nccl" if device_type == "cuda" else "gloo", verbose=False)
     return MoE
@@ -160,15 +165,19 @@ def _import_moe(device_type: str) -> Any:
 
 @contextmanager
 def _deepspeed_seconds() -> Iterator[dict[str, float]]:
-    """Seconds that DeepSpeed spent in each kind of collective, from its own communication log."""
+    """Seconds that DeepSpeed spent in each of the router's collectives, from its own communication timers.
+
+    Not from its communication log: the timers behind that are never reset, so each entry holds all earlier ones.
+    """
     from deepspeed.comm import comm
 
-    logger, seconds = comm.comms_logger, defaultdict[str, float](float)
-    before = logger.enabled, logger.prof_all, logger.comms_dict
-    logger.enabled, logger.prof_all, logger.comms_dict = True, True, {}
+    logger, seconds = comm.comms_logger, dict.fromkeys(("all_to_all_single", "all_reduce"), 0.0)
+    before = logger.enabled, logger.prof_all, logger.verbose, logger.comms_dict
+    logger.enabled, logger.prof_all, logger.verbose, logger.comms_dict = True, True, False, {}
     try:
         yield seconds
     finally:
-        for operation, sizes in logger.comms_dict.items():
-            seconds[operation] += sum(sum(milliseconds) for _, milliseconds, *_ in sizes.values()) / 1e3
-        logger.enabled, logger.prof_all, logger.comms_dict = before
+        logger.enabled, logger.prof_all, logger.verbose, logger.comms_dict = before
+        for operation in seconds:
+            if comm.timers.has_timer(operation):
+                seconds[operation] = comm.timers(operation).elapsed(reset=True) / 1e3

@@ -120,6 +120,11 @@ class Transformer(nn.Module):
             return logits
         whole = (logits.shape[0], self.shape.vocab)
         shards = DTensor.from_local(
-            logits, self.mesh.weights, [Shard(1), Shard(1)], run_check=False, shape=torch.Size(whole), stride=(whole[1], 1)
+            logits,
+            self.mesh.weights,
+            [Shard(1), Shard(1)],
+            run_check=False,
+            shape=torch.Size(whole),
+            stride=(whole[1], 1),
         )
         return shards.full_tensor()

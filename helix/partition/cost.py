@@ -90,8 +90,10 @@ class AttentionCost:
         own = sum(map(len, row_chunks(self.length, self.grid.m, self.causal)[j]))
         shard = self.batch * self.length * 2 * self._kv_heads * self._slice
         gathered = {"all_gather/attention.kv": wire.all_gather(shard, self.grid.m, self.itemsize)}
-        return gathered | self._dealt("q", self.length, own, self.batch * self._heads) | self._collected(
-            own, self.batch * self._heads
+        return (
+            gathered
+            | self._dealt("q", self.length, own, self.batch * self._heads)
+            | self._collected(own, self.batch * self._heads)
         )
 
     def _gather_bytes(self, j: int) -> dict[str, int]:
@@ -140,9 +142,7 @@ class AttentionCost:
 
 
 @lru_cache(maxsize=1024)
-def cheapest_schedule(
-    layout: HeadLayout, grid: Grid, batch: int, length: int, causal: bool, itemsize: int
-) -> str:
+def cheapest_schedule(layout: HeadLayout, grid: Grid, batch: int, length: int, causal: bool, itemsize: int) -> str:
     """The exact schedule that costs least by the closed forms, of those that are legal.
 
     Raises:

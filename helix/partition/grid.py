@@ -120,7 +120,9 @@ class Grid:
         reason = self._misfit(layout)
         if reason:
             legal = legal_grids(layout, self.ranks)
-            raise PartitionError(f"{self.name} cannot partition this attention: {reason}; {describe(legal, self.ranks)}")
+            raise PartitionError(
+                f"{self.name} cannot partition this attention: {reason}; {describe(legal, self.ranks)}"
+            )
 
     def fits(self, layout: HeadLayout) -> bool:
         return self._misfit(layout) is None
@@ -149,9 +151,7 @@ class Grid:
         """Features of every head that slice j holds, in the order in which it holds them."""
         run = layout.head_dim // layout.parts
         size = run // self.m
-        return [
-            part * run + feature_slice * size + offset for part in range(layout.parts) for offset in range(size)
-        ]
+        return [part * run + feature_slice * size + offset for part in range(layout.parts) for offset in range(size)]
 
 
 def shard_range(count: int, grid: Grid, rank: int) -> range:

@@ -102,5 +102,6 @@ def check_ends(shape: TransformerShape, grid: Grid, aggregate: str, projection: 
     for option, value in (("aggregate", aggregate), ("projection", projection)):
         if value in ("concat", "block") and shape.attention_width != shape.width:
             raise PartitionError(
-                f"{option}={value} needs heads * head_dim = width, not {shape.heads} * {shape.head_dim} != {shape.width}"
+                f"{option}={value} needs heads * head_dim = width, "
+                f"not {shape.heads} * {shape.head_dim} != {shape.width}"
             )

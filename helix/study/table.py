@@ -101,7 +101,7 @@ def _memory(report: Report) -> Table:
     if memory.kv_cache:
         table.add_row("KV cache", size(memory.kv_cache), "")
     table.add_row("activations, peak", size(memory.activations_peak), "")
-    table.add_row("process, peak", size(memory.peak), "")
+    table.add_row("both together", size(memory.peak), "")
     return table
 
 

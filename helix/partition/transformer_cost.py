@@ -1,0 +1,197 @@
+"""Closed forms for the whole transformer: bytes per collective, weights, activations and FLOPs of one rank, forward.
+
+Sums of `AttentionCost` and of what the residual stream moves in and out of each block. Letters as in
+`helix.partition.grid`; p = m * n.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from helix.partition import wire
+from helix.partition.cost import AttentionCost
+from helix.partition.grid import Grid, shard_range
+from helix.partition.options import AttentionOptions
+from helix.partition.shape import TransformerShape
+
+ROUTER_ITEMSIZE = 4  # DeepSpeed routes in fp32
+CAPACITY_ITEMSIZE = 8  # and agrees on the fullest expert's count as one int64
+
+
+@dataclass(frozen=True)
+class TransformerCost:
+    """What one forward pass of a model costs one rank of a replica.
+
+    Args:
+        shape, grid: the model and its partition.
+        options: with a schedule that is resolved, not "auto".
+        batch, length: B and T of one data replica.
+        itemsize: bytes of one number.
+        ep_size: ranks that share one set of experts.
+    """
+
+    shape: TransformerShape
+    grid: Grid
+    options: AttentionOptions
+    batch: int
+    length: int
+    itemsize: int
+    ep_size: int = 1
+
+    @property
+    def attention(self) -> AttentionCost:
+        return AttentionCost(
+            self.shape.layout,
+            self.grid,
+            self.options.schedule,
+            self.batch,
+            self.length,
+            self.shape.causal,
+            self.itemsize,
+        )
+
+    @property
+    def _tokens(self) -> int:
+        return self.batch * self.length
+
+    @property
+    def tokens_per_shard(self) -> int:
+        """ceil(N / p): rows of a token-sharded stream, the last shard's padding included."""
+        return -(-self._tokens // self.grid.ranks)
+
+    def bytes(self, rank: int, capacities: Sequence[int] | None = None) -> Counter[str]:
+        """Bytes that `rank` sends, by "collective/name" as `helix.comm.record` counts them.
+
+        Args:
+            rank: rank within the replica's m * n.
+            capacities: for each layer, the rows of the fullest expert in this rank's expert group
+                (`expert_capacity`); needed with experts, whose exchange depends on the routing.
+        """
+        layers = self.shape.layers
+        _, feature_slice = self.grid.coordinates(rank)
+        out = self._leave("embedding") + self._enter("head")
+        block = self._enter("attention") + self.attention.bytes(feature_slice, self.shape.qk_norm)
+        block += self._concat() if self.options.aggregate == "concat" else self._leave("attention")
+        if not self.shape.experts:
+            block += self._enter("mlp") + self._leave("mlp")
+        for key, nbytes in block.items():
+            out[key] += layers * nbytes
+        if self.shape.experts:
+            out += self._experts(capacities or [])
+        return +out
+
+    def _enter(self, name: str) -> Counter[str]:
+        if self.options.residual == "replicated" or self.grid.ranks == 1:
+            return Counter()
+        shard = self.tokens_per_shard * self.shape.width
+        return Counter({f"all_gather/{name}.enter": wire.all_gather(shard, self.grid.ranks, self.itemsize)})
+
+    def _leave(self, name: str) -> Counter[str]:
+        p, width = self.grid.ranks, self.shape.width
+        if p == 1:
+            return Counter()
+        if self.options.residual == "replicated":
+            return Counter({f"all_reduce/{name}.leave": wire.all_reduce(self._tokens * width, p, self.itemsize)})
+        padded = self.tokens_per_shard * p * width
+        return Counter({f"reduce_scatter/{name}.leave": wire.reduce_scatter(padded, p, self.itemsize)})
+
+    def _concat(self) -> Counter[str]:
+        m, n = self.grid.m, self.grid.n
+        own = self._tokens * self.shape.attention_width // self.grid.ranks
+        if self.options.concat == "flat":
+            return Counter({"all_gather/attention.concat": wire.all_gather(own, m * n, self.itemsize)})
+        return Counter(
+            {
+                "all_gather/attention.concat_slices": wire.all_gather(own, m, self.itemsize),
+                "all_gather/attention.concat_heads": wire.all_gather(own * m, n, self.itemsize),
+            }
+        )
+
+    def _experts(self, capacities: Sequence[int]) -> Counter[str]:
+        """Dispatch and return of every layer, and the agreement on its size."""
+        out: Counter[str] = Counter()
+        width, ep = self.shape.width, self.ep_size
+        if ep > 1:
+            own = self.shape.experts // ep * width * self.itemsize
+            out["all_to_all/experts"] = sum(2 * (ep - 1) * capacity * own for capacity in capacities)
+            out["all_reduce/experts.capacity"] = len(capacities) * wire.all_reduce(1, ep, CAPACITY_ITEMSIZE)
+        if self.options.residual == "replicated" and self.grid.ranks > 1:
+            shard = self.tokens_per_shard * width
+            gathered = wire.all_gather(shard, self.grid.ranks, self.itemsize)
+            out["all_gather/experts.finish"] = self.shape.layers * gathered
+        return out
+
+    def weight_bytes(self, rank: int) -> int:
+        """Bytes of the parameters that `rank` holds."""
+        shape, p, width = self.shape, self.grid.ranks, self.shape.width
+        columns = width // p if self.options.projection == "block" else width
+        attention = (shape.heads + 2 * shape.kv_heads) * shape.head_dim // p * columns
+        if self.options.aggregate == "project":
+            attention += shape.attention_width // p * width
+        if shape.qk_norm:
+            attention += 2 * shape.head_dim // self.grid.m
+        hidden = shape.mlp_hidden
+        mlp = 2 * width * (shape.experts // self.ep_size * hidden if shape.experts else self._share(hidden, rank))
+        numbers = shape.layers * (attention + mlp + 2 * width) + width + 2 * self._share(shape.vocab, rank) * width
+        return numbers * self.itemsize + shape.layers * shape.experts * width * ROUTER_ITEMSIZE
+
+    def activation_bytes(self, rank: int) -> int:
+        """Estimate of the bytes live at once in the widest block: its input, its inside and its output, whole.
+
+        Counts tensors, not the allocator's slack or a library's buffers.
+        """
+        heads = (self.shape.heads + 2 * self.shape.kv_heads) * self.shape.head_dim // self.grid.ranks
+        # q, k, v as projected, packed, received and unpacked; attention's output twice.
+        attention = 4 * heads + 2 * self.shape.attention_width // self.grid.ranks
+        mlp = 2 * self._share(self.shape.mlp_hidden, rank)
+        inside = max(attention, mlp, self._share(self.shape.vocab, rank))
+        scores = 0
+        if self.options.schedule == "score":
+            scores = 3 * self.batch * self.shape.heads // self.grid.n * self.length**2 * max(4, self.itemsize)
+        return self._tokens * (2 * self.shape.width + inside) * self.itemsize + scores
+
+    def flops(self, rank: int) -> int:
+        """FLOPs of the matrix products on `rank` (busiest of its m-group in the core attention)."""
+        shape, tokens, width = self.shape, self._tokens, self.shape.width
+        columns = width // self.grid.ranks if self.options.projection == "block" else width
+        projections = (shape.heads + 2 * shape.kv_heads) * shape.head_dim // self.grid.ranks * columns
+        if self.options.aggregate == "project":
+            projections += shape.attention_width // self.grid.ranks * width
+        if shape.experts:
+            mlp = 4 * self.tokens_per_shard * shape.top_k * width * shape.mlp_hidden  # on average
+        else:
+            mlp = 4 * tokens * width * self._share(shape.mlp_hidden, rank)
+        head = 2 * tokens * width * self._share(shape.vocab, rank)
+        return shape.layers * (2 * tokens * projections + self.attention.core_flops() + mlp) + head
+
+    def _share(self, count: int, rank: int) -> int:
+        return len(shard_range(count, self.grid, rank))
+
+
+def expert_capacity(
+    routes: Iterable[Sequence[int]], experts: int, ranks: int, ep_size: int, tokens_per_shard: int
+) -> list[int]:
+    """Rows of the fullest expert in each expert group of a replica, from where each token goes.
+
+    Args:
+        routes: for each token, in order, the experts it is sent to.
+        experts: number of experts.
+        ranks: m * n; ranks g * ep_size to (g + 1) * ep_size - 1 are group g.
+        ep_size: ranks of a group.
+        tokens_per_shard: tokens of each rank. The padding of the last shards is routed as well: a row of
+            zeros has equal logits everywhere and goes to the first experts.
+
+    Returns:
+        One figure for each group: the most rows that any of its ranks sends to any one expert.
+    """
+    rows = list(routes)
+    top_k = len(rows[0])
+    rows += [tuple(range(top_k))] * (ranks * tokens_per_shard - len(rows))
+    fullest = []
+    for rank in range(ranks):
+        shard = rows[rank * tokens_per_shard : (rank + 1) * tokens_per_shard]
+        counts = Counter(expert for token in shard for expert in token)
+        fullest.append(max(counts.values()))
+    return [max(fullest[g : g + ep_size]) for g in range(0, ranks, ep_size)]
