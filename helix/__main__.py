@@ -6,6 +6,7 @@ Exit codes as in `helix.config.cli`: 0 done, 1 failed while running, 2 wrong inp
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -13,10 +14,11 @@ from typing import NoReturn
 from helix.config import environment
 from helix.config.schema import ConfigError
 from helix.partition.grid import Grid, HeadLayout, PartitionError
-from helix.partition.schedules import SCHEDULES, check_schedule, legal_schedules
+from helix.partition.options import AttentionOptions
+from helix.partition.schedules import EXACT, SCHEDULES, check_schedule, legal_schedules
 from helix.partition.shape import TransformerShape
 
-PEERS = ("plain", "sequence")
+PEERS = ("plain", "sequence", "helix")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -32,12 +34,41 @@ def main(argv: list[str] | None = None) -> None:
         _check(options)
     except (PartitionError, ConfigError) as error:
         _stop(str(error), code=2)
-    from helix.study.bench import bench_attention, bench_model  # brings torch
-
     try:
-        {"attention": bench_attention, "model": bench_model}[options.what](options)
+        _run(options)
     except KeyboardInterrupt:
         _stop("interrupted", code=130)
+    except RuntimeError as error:
+        _stop(str(error), code=1)
+
+
+def _run(options: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from helix.study import bench  # brings torch
+
+    grid, rounds = Grid(options.m, options.n), bench.Rounds(options.rounds, options.warmup, options.seed)
+    if options.what == "attention":
+        case = bench.AttentionCase(
+            _layout(options),
+            grid,
+            options.batch,
+            options.length,
+            options.causal,
+            options.width,
+            options.layer,
+            options.residual,
+        )
+        result = bench.bench_attention(case, options.schedules, rounds)
+    else:
+        layers = AttentionOptions(schedule=options.schedule, residual=options.residual)
+        result = bench.bench_model(
+            bench.ModelCase(_shape(options), grid, layers, options.batch, options.length, tuple(options.peers)), rounds
+        )
+    Console().print(result.table())
+    if options.json is not None:
+        settings = {key: value for key, value in vars(options).items() if key != "json"}
+        options.json.write_text(json.dumps(result.as_dict() | {"settings": settings}, indent=2) + "\n")
 
 
 def _stop(reason: str, code: int) -> NoReturn:
@@ -51,7 +82,9 @@ def _parser() -> argparse.ArgumentParser:
     bench = commands.add_parser("bench", help="measure alternatives side by side, alternating in one launch")
     benches = bench.add_subparsers(dest="what", required=True, metavar="{attention,model}")
     attention = benches.add_parser(
-        "attention", help="every legal schedule on the attention layer", formatter_class=_Defaults
+        "attention",
+        help="every legal schedule on the attention layer",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     _add_sizes(attention, batch=4, length=256, rounds=15)
     attention.add_argument("--schedules", nargs="+", choices=SCHEDULES, help="which; default every legal one")
@@ -60,20 +93,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     attention.add_argument("--no-causal", dest="causal", action="store_false", help="every query sees every key")
     model = benches.add_parser(
-        "model", help="the whole model against PyTorch's tensor parallelism", formatter_class=_Defaults
+        "model",
+        help="the whole model against PyTorch's tensor parallelism",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     _add_sizes(model, batch=8, length=256, rounds=8)
     model.add_argument("--layers", type=_count, default=4, help="blocks")
     model.add_argument("--mlp", type=_count, default=2048, help="MLP width")
     model.add_argument("--vocab", type=_count, default=256, help="vocabulary")
-    model.add_argument("--schedule", choices=["auto", *SCHEDULES], default="auto", help="Helix's schedule")
-    model.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS), help="PyTorch's residual stream: "
-                       "replicated (plain) or cut over the sequence")  # fmt: skip
+    model.add_argument("--schedule", choices=["auto", *EXACT], default="auto", help="Helix's schedule")
+    model.add_argument("--peers", nargs="+", choices=PEERS, default=["plain", "sequence"],
+                       help="PyTorch's tensor parallelism with its residual stream on every rank (plain) or cut over "
+                       "the sequence; or Helix itself on 1 x (m n) ranks")  # fmt: skip
     return parser
-
-
-class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
-    pass
 
 
 def _add_sizes(parser: argparse.ArgumentParser, batch: int, length: int, rounds: int) -> None:
@@ -138,7 +170,7 @@ def _check_machine(options: argparse.Namespace) -> None:
 
 
 def _check_attention(options: argparse.Namespace, grid: Grid) -> None:
-    layout = HeadLayout(options.heads, options.kv_heads, options.head_dim)
+    layout = _layout(options)
     grid.check(layout.heads, layout.kv_heads, layout.head_dim, layout.rope)
     for schedule in options.schedules or ():
         check_schedule(schedule, layout, grid, options.batch, options.length)
@@ -148,16 +180,27 @@ def _check_attention(options: argparse.Namespace, grid: Grid) -> None:
 
 
 def _check_model(options: argparse.Namespace, grid: Grid) -> None:
-    from helix.partition.tensor_parallel import check_tensor_parallel
-
-    shape = model_shape(options)
+    shape = _shape(options)
     layout = shape.layout
     grid.check(layout.heads, layout.kv_heads, layout.head_dim, layout.rope)
     check_schedule(options.schedule, layout, grid, options.batch, options.length)
-    check_tensor_parallel(shape, grid.ranks)
+    if not Grid(1, grid.ranks).fits(layout):
+        raise ConfigError(
+            f"the peers are tensor parallel over {grid.ranks} ranks, which needs whole heads on each: "
+            f"{grid.ranks} divides not both --heads {shape.heads} and --kv-heads {shape.kv_heads}"
+        )
+    if "sequence" in options.peers and options.length % grid.ranks:
+        raise ConfigError(
+            f"the peer that cuts the sequence needs --length divisible by {grid.ranks} ranks, not {options.length}; "
+            "or give --peers plain"
+        )
 
 
-def model_shape(options: argparse.Namespace) -> TransformerShape:
+def _layout(options: argparse.Namespace) -> HeadLayout:
+    return HeadLayout(options.heads, options.kv_heads, options.head_dim)
+
+
+def _shape(options: argparse.Namespace) -> TransformerShape:
     return TransformerShape(
         options.layers, options.width, options.heads, options.kv_heads, options.head_dim, options.mlp, options.vocab
     )

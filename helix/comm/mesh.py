@@ -82,15 +82,22 @@ class Mesh:
     @cached_property
     def model(self) -> Axis:
         """All m * n ranks of one replica and stage as one axis, in the order rank = i * m + j."""
+        return axis_of(self.flat, "model")
+
+    @cached_property
+    def flat(self) -> DeviceMesh:
+        """The model axis as a one-dimensional device mesh, for parameters with a dim that all m * n ranks cut.
+
+        Not two shards of the dim on the (head, slice) mesh: where they are uneven, torch 2.13's `full_tensor`
+        puts them together in the wrong order (paper/LOG.md, 2026-11-22).
+        """
         if self.grid.n == 1:
-            return self.slice
-        if self.grid.m == 1:
-            return self.head
-        return axis_of(self.weights._flatten("model"), "model")
+            return self.weights["slice"]
+        return self.weights["head"] if self.grid.m == 1 else self.weights._flatten("model")
 
     @cached_property
     def weights(self) -> DeviceMesh:
-        """The (head, slice) mesh that parameters are sharded over."""
+        """The (head, slice) mesh, for attention's parameters."""
         return self.device_mesh["head", "slice"]
 
     @cache  # noqa: B019  a mesh lives as long as its process group

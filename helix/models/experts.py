@@ -146,6 +146,7 @@ def load_deepspeed(device_type: str) -> None:
     if device_type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    logging.getLogger("compilers").setLevel(logging.ERROR)  # setuptools', while DeepSpeed tries what it could build
     import deepspeed.moe.layer
 
     # DeepSpeed would compile a shared-memory all-reduce (a minute, at first use) that routing never calls.
@@ -179,5 +180,5 @@ def _deepspeed_seconds() -> Iterator[dict[str, float]]:
     finally:
         logger.enabled, logger.prof_all, logger.verbose, logger.comms_dict = before
         for operation in seconds:
-            if comm.timers.has_timer(operation):
+            if operation in comm.timers.get_timers():
                 seconds[operation] = comm.timers(operation).elapsed(reset=True) / 1e3

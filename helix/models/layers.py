@@ -1,6 +1,6 @@
 """The parts of a transformer around attention, each cut over all m * n ranks.
 
-Sharded-shape notation as in `helix.partition.grid`; F@model means cut over the head axis, then the slice axis.
+Sharded-shape notation as in `helix.partition.grid`; F@model means cut over all m * n ranks as one axis.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from helix.comm.stream import Stream
 from helix.partition.grid import shard_range
 
 NORM_EPS = 1e-6
-_SHARD_ROWS = (Shard(0), Shard(0))
-_SHARD_COLUMNS = (Shard(1), Shard(1))
+_SHARD_ROWS = (Shard(0),)
+_SHARD_COLUMNS = (Shard(1),)
 
 
 class RMSNorm(nn.Module):
@@ -41,8 +41,8 @@ class MLP(nn.Module):
 
     def __init__(self, width: int, hidden: int, mesh: Mesh, stream: Stream, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        self.up = empty_parameter((hidden, width), mesh.weights, _SHARD_ROWS, dtype)
-        self.down = empty_parameter((width, hidden), mesh.weights, _SHARD_COLUMNS, dtype)
+        self.up = empty_parameter((hidden, width), mesh.flat, _SHARD_ROWS, dtype)
+        self.down = empty_parameter((width, hidden), mesh.flat, _SHARD_COLUMNS, dtype)
         self.stream = stream
 
     def init_weights(self, seed: int, name: str) -> None:
@@ -61,8 +61,8 @@ class Embedding(nn.Module):
 
     def __init__(self, vocab: int, width: int, mesh: Mesh, stream: Stream, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        self.weight = empty_parameter((vocab, width), mesh.weights, _SHARD_ROWS, dtype)
-        self.owned = shard_range(vocab, mesh.grid, mesh.model.rank)
+        self.weight = empty_parameter((vocab, width), mesh.flat, _SHARD_ROWS, dtype)
+        self.owned = shard_range(vocab, mesh.grid.ranks, mesh.model.rank)
         self.stream = stream
 
     def init_weights(self, seed: int, name: str) -> None:
@@ -84,7 +84,7 @@ class Head(nn.Module):
 
     def __init__(self, vocab: int, width: int, mesh: Mesh, stream: Stream, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        self.weight = empty_parameter((vocab, width), mesh.weights, _SHARD_ROWS, dtype)
+        self.weight = empty_parameter((vocab, width), mesh.flat, _SHARD_ROWS, dtype)
         self.stream = stream
 
     def init_weights(self, seed: int, name: str) -> None:

@@ -118,13 +118,8 @@ class Transformer(nn.Module):
         """logits[N, V@model] -> [N, V] on every rank; for comparing, not for the hot path."""
         if self.mesh.grid.ranks == 1:
             return logits
-        whole = (logits.shape[0], self.shape.vocab)
+        shape = torch.Size((logits.shape[0], self.shape.vocab))
         shards = DTensor.from_local(
-            logits,
-            self.mesh.weights,
-            [Shard(1), Shard(1)],
-            run_check=False,
-            shape=torch.Size(whole),
-            stride=(whole[1], 1),
+            logits, self.mesh.flat, [Shard(1)], run_check=False, shape=shape, stride=(shape[1], 1)
         )
         return shards.full_tensor()

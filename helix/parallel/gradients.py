@@ -8,6 +8,7 @@ first over the slices of a head group, then over the head groups, then over data
 from __future__ import annotations
 
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate
 
 from helix.comm import transport
@@ -26,11 +27,17 @@ def reduce_gradients(module: nn.Module, mesh: Mesh) -> None:
         names = grad.device_mesh.mesh_dim_names or ()
         for dim in reversed(range(len(placements))):  # the inner axis first
             if placements[dim].is_partial():
-                local = transport.all_reduce(local, axis_of(grad.device_mesh[names[dim]], names[dim]), f"gradient.{names[dim]}")
+                axis = axis_of(_line(grad.device_mesh, names[dim]), names[dim])
+                if axis.size > 1:
+                    local = transport.all_reduce(local, axis, f"gradient.{axis.name}")
                 placements[dim] = Replicate()
         if mesh.data.size > 1:
             local = transport.all_reduce(local, mesh.data, "gradient.data") / mesh.data.size
         parameter.grad = _like(local, grad, placements)
+
+
+def _line(mesh: DeviceMesh, name: str) -> DeviceMesh:
+    return mesh if mesh.ndim == 1 else mesh[name]
 
 
 def _like(local: Tensor, grad: DTensor, placements: list[Placement]) -> DTensor:

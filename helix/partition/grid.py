@@ -154,17 +154,14 @@ class Grid:
         return [part * run + feature_slice * size + offset for part in range(layout.parts) for offset in range(size)]
 
 
-def shard_range(count: int, grid: Grid, rank: int) -> range:
-    """Indices of a dim of `count` that `rank` holds when all m * n ranks cut it: first the head axis, then the slice.
+def shard_range(count: int, ranks: int, rank: int) -> range:
+    """Indices that `rank` holds of a dim of `count` that all `ranks` cut.
 
-    Each axis cuts into ceil-sized pieces, the last ones smaller or empty, as DTensor does; so an MLP width or a
-    vocabulary need not be divisible by the number of ranks.
+    Ceil-sized pieces, the last ones smaller or empty, as DTensor cuts; so an MLP width or a vocabulary need not
+    be divisible by the number of ranks.
     """
-    i, j = grid.coordinates(rank)
-    outer = -(-count // grid.n)
-    start, stop = min(i * outer, count), min((i + 1) * outer, count)
-    inner = -(-(stop - start) // grid.m)
-    return range(min(start + j * inner, stop), min(start + (j + 1) * inner, stop))
+    size = -(-count // ranks)
+    return range(min(rank * size, count), min((rank + 1) * size, count))
 
 
 def divisors(value: int) -> list[int]:

@@ -167,7 +167,7 @@ class TransformerCost:
         return shape.layers * (2 * tokens * projections + self.attention.core_flops() + mlp) + head
 
     def _share(self, count: int, rank: int) -> int:
-        return len(shard_range(count, self.grid, rank))
+        return len(shard_range(count, self.grid.ranks, rank))
 
 
 def expert_capacity(

@@ -1,0 +1,145 @@
+"""`infer.py` end to end, as a user runs it: small, on few ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = [
+    "model.layers=2",
+    "model.width=64",
+    "model.heads=4",
+    "model.head_dim=16",
+    "model.mlp_hidden=64",
+    "workload.batch_size=4",
+    "workload.seq_len=32",
+    "workload.iterations=2",
+    "workload.runs=5",
+]
+
+
+def _start(run_dir: Path, *overrides: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "infer.py", f"hydra.run.dir={run_dir}", *overrides]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def _run(run_dir: Path, *overrides: str, timeout_s: float = 90) -> tuple[dict[str, Any], str]:
+    process = _start(run_dir, *overrides)
+    out, err = process.communicate(timeout=timeout_s)
+    assert process.returncode == 0, err
+    return json.loads((run_dir / "report.json").read_text()), out
+
+
+def test_moe_on_four_ranks_reports_what_the_contract_says(tmp_path: Path) -> None:
+    report, out = _run(tmp_path, "parallel=helix", "parallel.m=2", "parallel.n=2", "model=moe", *TINY)
+    assert report["world_size"] == 4
+    assert report["method"]["name"] == "helix_2x2"
+    assert report["method"]["schedule"]["prefill"] in ("heads", "batch", "rows", "gather", "score")
+    assert report["accuracy"]["reference"] == "mha_fp32_single"
+    assert report["accuracy"]["relative_error"] <= 1e-5
+    traffic = report["comm_bytes_per_rank_per_step"]
+    assert traffic["executed"] == traffic["predicted"]
+    assert "all_to_all/experts" in traffic["executed"]
+    for key in ("tokens_per_s", "step_ms", "comm_ms_per_token"):
+        assert len(report[key]["runs"]) == 5
+        assert report[key]["ci95"][0] < report[key]["mean"] < report[key]["ci95"][1]
+    memory = report["memory_bytes_per_rank"]
+    assert memory["weights"] == memory["predicted"]
+    assert memory["peak"] == memory["weights"] + memory["activations_peak"]
+    assert "helix_2x2" in out
+    records = _wandb_records(tmp_path / report["wandb"]["path"])
+    steps = [record for record in records if record["type"] == "history"]
+    assert len(steps) == 5 * 2
+    assert records[-1]["exit"]["exit_code"] == 0
+
+
+def test_perslice_says_that_it_is_another_function(tmp_path: Path) -> None:
+    report, out = _run(
+        tmp_path, "parallel=helix", "parallel.m=2", "parallel.n=1", "parallel.schedule=perslice", "model=dense",
+        "logger=none", *TINY,
+    )  # fmt: skip
+    assert report["accuracy"]["reference"] == "mha_narrow_heads"
+    assert report["accuracy"]["relative_error"] <= 1e-5
+    assert report["accuracy"]["relative_error_to_h_heads"] > 0.01
+    assert report["wandb"] is None
+    assert "different function" in " ".join(out.split())
+
+
+def test_odd_shapes(tmp_path: Path) -> None:
+    """9 heads, 3 KV heads, width 96, length 100, batch 1, on 3 x 1 ranks."""
+    report, _ = _run(
+        tmp_path, "parallel=helix", "parallel.m=1", "parallel.n=3", "model=dense", "model.layers=1", "model.width=96",
+        "model.heads=9", "model.kv_heads=3", "model.head_dim=32", "model.mlp_hidden=100", "model.vocab=257",
+        "workload.batch_size=1", "workload.seq_len=100", "workload.iterations=1", "workload.runs=2", "logger=none",
+    )  # fmt: skip
+    assert report["accuracy"]["relative_error"] <= 1e-5
+    assert report["comm_bytes_per_rank_per_step"]["executed"] == report["comm_bytes_per_rank_per_step"]["predicted"]
+
+
+def test_data_replicas_and_single(tmp_path: Path) -> None:
+    for name, overrides in (
+        ("data", ["parallel=helix", "parallel.m=1", "parallel.n=2", "parallel.data=2", "model=moe"]),
+        ("single", ["parallel=single", "model=dense"]),
+    ):
+        report, _ = _run(tmp_path / name, *overrides, "logger=none", *TINY)
+        traffic = report["comm_bytes_per_rank_per_step"]
+        assert report["accuracy"]["relative_error"] <= 1e-5
+        assert traffic["executed"] == traffic["predicted"]
+        assert bool(traffic["executed"]) == (name == "data")
+
+
+def test_multirun_runs_every_job(tmp_path: Path) -> None:
+    command = [sys.executable, "infer.py", "-m", f"hydra.sweep.dir={tmp_path}", "parallel=helix", "parallel.m=1,2"]
+    command += ["parallel.n=1", "model=dense", "logger=none", *TINY]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=90)
+    reports = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("*/report.json"))]
+    assert [report["method"]["name"] for report in reports] == ["helix_1x1", "helix_2x1"]
+
+
+def test_a_killed_rank_ends_the_command_and_keeps_what_was_logged(tmp_path: Path) -> None:
+    endless = [*TINY, "workload.iterations=100000", "workload.runs=2"]
+    process = _start(tmp_path, "parallel=helix", "parallel.m=1", "parallel.n=4", "model=dense", *endless)
+    ranks = _ranks(process)
+    time.sleep(3)  # well into the steps
+    os.kill(ranks[2], signal.SIGKILL)
+    killed = time.monotonic()
+    _, err = process.communicate(timeout=30)
+    assert time.monotonic() - killed < 10
+    assert process.returncode == 1
+    assert "rank 2 was killed by SIGKILL" in err
+    assert not [pid for pid in ranks if psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"]
+    assert not (tmp_path / "report.json").exists()
+    records = _wandb_records(next((tmp_path / "wandb").glob("offline-run-*")))
+    assert [record for record in records if record["type"] == "history"]
+    assert records[-1]["exit"]["exit_code"] != 0
+
+
+def _ranks(process: subprocess.Popen[str]) -> list[int]:
+    """The pids of the four ranks, in order of rank: they are forked one after the other."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        children = [c for c in psutil.Process(process.pid).children() if c.name().startswith(("python", "pt_elastic"))]
+        ranks = sorted(
+            c.pid for c in children if c.environ().get("RANK") or c.cmdline() == psutil.Process(process.pid).cmdline()
+        )
+        if len(ranks) >= 4:
+            return ranks[-4:]
+        time.sleep(0.2)
+    pytest.fail("the ranks did not start")
+
+
+def _wandb_records(folder: Path) -> list[dict[str, Any]]:
+    file = next(folder.glob("*.wandb"))
+    wandb = Path(sys.executable).with_name("wandb")
+    out = subprocess.run([wandb, "leet", "inspect", "--json", file], check=True, capture_output=True, text=True).stdout
+    return [json.loads(line) for line in out.splitlines() if line.startswith("{")]
