@@ -1,0 +1,381 @@
+"""The partitioned transformer against the whole-weight reference: logits, every gradient, every weight.
+
+All cases of one number of ranks share a launch; each is a test of its own, of the errors that the ranks found.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from ranks import on_ranks
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from helix.comm.mesh import Mesh
+from helix.comm.parameters import fill, fill_normal, whole
+from helix.models.plain import PlainTransformer
+from helix.models.reference import Reference
+from helix.models.transformer import Transformer
+from helix.parallel.tensor_parallel import check_tensor_parallel, tensor_parallel
+from helix.partition.grid import Grid, PartitionError, shard_range
+from helix.partition.options import AttentionOptions
+from helix.partition.shape import TransformerShape
+
+SEED = 7
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32}
+# fp64 keeps 16 digits, fp32 7; sums in another order lose a few of them. A router computes in fp32 whatever the
+# model's dtype, and sums on other shapes of tokens, so what its gates scale has fp32's digits.
+BOUND = {"fp64": 1e-10, "fp32": 1e-5}
+ROUTED_BOUND = {"fp64": 1e-5, "fp32": 1e-5}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model on one grid. The default has uneven everything: 33 tokens, V and F that no grid here divides."""
+
+    name: str
+    shape: TransformerShape
+    m: int
+    n: int
+    options: AttentionOptions = field(default_factory=AttentionOptions)
+    batch: int = 3
+    length: int = 11
+    ep_size: int | None = None
+
+    @property
+    def id(self) -> str:
+        return f"{self.m}x{self.n}-{self.options.residual}-{self.name}"
+
+    @property
+    def grid(self) -> Grid:
+        return Grid(self.m, self.n)
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.length
+
+
+DENSE = TransformerShape(2, 32, 4, 4, 8, mlp_hidden=51, vocab=37)
+GQA = replace(DENSE, kv_heads=2, qk_norm=True, causal=False)
+NO_ROPE = replace(DENSE, rope=False)
+MOE = replace(DENSE, experts=4, top_k=1, mlp_hidden=20)
+MOE_2 = replace(MOE, top_k=2, kv_heads=2)
+NINE = TransformerShape(2, 54, 9, 3, 6, mlp_hidden=100, vocab=101)
+SIXTEEN = TransformerShape(2, 64, 16, 16, 8, mlp_hidden=40, vocab=53, experts=8, top_k=1)
+
+
+def cases() -> list[Case]:
+    out = []
+    for residual in ("sharded", "replicated"):
+        plain = AttentionOptions(residual=residual)
+        for m, n in ((1, 1), (1, 2), (2, 1), (2, 2)):
+            named = {"dense": DENSE, "gqa": GQA, "no_rope": NO_ROPE, "moe": MOE, "moe_top2": MOE_2}
+            out += [Case(name, shape, m, n, plain) for name, shape in named.items()]
+        for m, n in ((2, 1), (2, 2)):
+            ends = {
+                "concat": replace(plain, aggregate="concat"),
+                "concat_flat": replace(plain, aggregate="concat", concat="flat"),
+                "block": replace(plain, projection="block"),
+                "perslice": replace(plain, schedule="perslice"),
+            }
+            out += [Case(name, DENSE, m, n, options) for name, options in ends.items()]
+        out.append(Case("uneven", NINE, 3, 3, plain))
+        out.append(Case("replicas", SIXTEEN, 4, 4, plain))
+    # Fewer experts' ranks than ranks: EP2 x 2, two experts on each.
+    out.append(Case("moe_ep2", MOE_2, 2, 2, ep_size=2))
+    return out
+
+
+CASES = {case.id: case for case in cases()}
+
+
+@dataclass
+class Outcome:
+    """What one rank found; errors are relative (Frobenius norm)."""
+
+    logits: float = 0.0
+    gradients: dict[str, float] = field(default_factory=dict)
+    weights_equal: dict[str, bool] = field(default_factory=dict)
+    to_wide_heads: float = 0.0
+    ep_size: int = 1
+    replicas: int = 1
+    # Of each MoE layer: rows that this rank routed, by expert; and the reference's, of all tokens.
+    routed: list[list[int]] = field(default_factory=list)
+    expected: list[list[int]] = field(default_factory=list)
+
+
+class NormedReference(Reference):
+    """The reference with the norms' weights, which it takes for ones, so that their gradients can be compared."""
+
+    def add_norms(self) -> None:
+        names = [
+            f"blocks.{layer}.{name}" for layer in range(self.shape.layers) for name in ("attention_norm", "mlp_norm")
+        ]
+        self.norms = nn.ParameterList(norm_weight(name, self.shape.width).to(self.dtype) for name in [*names, "norm"])
+        self.names = [f"{name}.weight" for name in [*names, "norm"]]
+        self.calls = 0
+
+    def _norm(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return super()._norm(x) * self.norms[(self.calls - 1) % len(self.norms)]
+
+
+def norm_weight(name: str, width: int) -> Tensor:
+    """Not ones: those would hide a weight that is used in the wrong place."""
+    weight = torch.empty(width)
+    fill_normal(weight, 0.2, SEED, name)
+    return weight + 1
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    """|found - expected| / |expected|; of two zeros (an expert without tokens) 0."""
+    size = expected.norm().item()
+    return (found - expected).norm().item() / (size or 1.0)
+
+
+def inputs(case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """tokens[B, T] and the gradient[N, V] of the logits."""
+    generator = torch.Generator().manual_seed(SEED)
+    tokens = torch.randint(0, case.shape.vocab, (case.batch, case.length), generator=generator)
+    return tokens, torch.randn(case.tokens, case.shape.vocab, generator=generator).to(dtype)
+
+
+def make_reference(case: Case, dtype: torch.dtype, narrow: bool) -> NormedReference:
+    reference = NormedReference(case.shape, case.grid, case.options, narrow, dtype)
+    reference.init_weights(SEED)
+    reference.add_norms()
+    return reference
+
+
+def run_reference(case: Case, dtype: torch.dtype) -> tuple[NormedReference, Tensor]:
+    reference = make_reference(case, dtype, narrow=case.options.schedule == "perslice")
+    tokens, gradient = inputs(case, dtype)
+    logits = reference(tokens)
+    logits.backward(gradient)
+    return reference, logits.detach()
+
+
+def reference_parameters(reference: NormedReference) -> dict[str, Tensor]:
+    named = {name.replace("/", "."): weight for name, weight in reference.weights.items()}
+    return named | dict(zip(reference.names, reference.norms, strict=True))
+
+
+def whole_parameters(model: Transformer, gradients: bool) -> dict[str, Tensor]:
+    """Every parameter, or its gradient, whole and by the reference's names. A collective."""
+    out: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        value = parameter.grad if gradients else parameter
+        full = torch.zeros(parameter.shape, dtype=parameter.dtype) if value is None else whole(value).detach()
+        name = name.replace(".moe.deepspeed_moe.gate.wg.parametrizations.weight.original", ".router")
+        if ".deepspeed_experts." not in name:
+            out[name] = full
+            continue
+        # [ep_size, ..] of the offset-th local expert of every rank: expert rank * (experts / ep_size) + offset.
+        layer, rest = name.split(".moe.deepspeed_moe.experts.deepspeed_experts.")
+        offset, key = rest.split(".")
+        local = model.shape.experts // model.ep_size
+        for rank, one in enumerate(full):
+            out[f"{layer}.experts.{rank * local + int(offset)}.{key}"] = one
+    return out
+
+
+def run_case(case: Case, dtype: torch.dtype) -> Outcome:
+    mesh = Mesh(case.grid)
+    model = Transformer(case.shape, mesh, case.options, case.ep_size, dtype)
+    model.init_weights(SEED)
+    for name, parameter in model.named_parameters():
+        if name.endswith("norm.weight"):
+            fill(parameter, norm_weight(name.removesuffix(".weight"), case.shape.width))
+    tokens, gradient = inputs(case, dtype)
+    reference, expected = run_reference(case, dtype)
+
+    logits = model(tokens)
+    own = shard_range(case.shape.vocab, case.grid.ranks, mesh.model.rank)
+    logits.backward(gradient[:, own.start : own.stop])
+
+    out = Outcome(logits=relative(model.whole_logits(logits.detach()), expected), ep_size=model.ep_size)
+    named = reference_parameters(reference)
+    weights, gradients = whole_parameters(model, gradients=False), whole_parameters(model, gradients=True)
+    for name in weights:
+        if name.endswith(("q_norm", "k_norm")):  # the reference has none: see test_qk_norm_gradients
+            continue
+        out.weights_equal[name] = torch.equal(weights[name], named[name].detach())
+        expected_gradient = named[name].grad
+        # A reference's expert without tokens has a gradient of zeros as well.
+        assert expected_gradient is not None
+        out.gradients[name] = relative(gradients[name], expected_gradient)
+    assert set(named) == set(out.gradients)
+    if case.options.schedule == "perslice":
+        with torch.no_grad():
+            out.to_wide_heads = relative(expected, make_reference(case, dtype, narrow=False)(tokens))
+    if case.shape.experts:
+        out.replicas = mesh.experts(model.ep_size).size(0)
+        out.routed = [block.mlp.moe.deepspeed_moe.exp_counts.tolist() for block in model.blocks]
+        out.expected = [route.flatten().bincount(minlength=case.shape.experts).tolist() for route in reference.routes]
+    return out
+
+
+def run_cases(ids: list[str]) -> dict[tuple[str, str], Outcome]:
+    out = {}
+    for key in ids:
+        for name, dtype in DTYPES.items():
+            try:
+                out[key, name] = run_case(CASES[key], dtype)
+            except Exception as error:
+                error.add_note(f"in case {key}, {name}")
+                raise
+    return out
+
+
+@cache
+def outcomes(ranks: int) -> list[dict[tuple[str, str], Outcome]]:
+    """Of every rank, for all cases of this many ranks."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed  # noqa: F401  once, before the fork, not on every rank
+
+    ids = [key for key, case in CASES.items() if case.grid.ranks == ranks]
+    return on_ranks(ranks, run_cases, ids)
+
+
+def of_case(key: str, dtype: str) -> list[Outcome]:
+    return [rank[key, dtype] for rank in outcomes(CASES[key].grid.ranks)]
+
+
+def bound(key: str, dtype: str) -> float:
+    return (ROUTED_BOUND if CASES[key].shape.experts else BOUND)[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("key", CASES)
+def test_equals_the_reference(key: str, dtype: str) -> None:
+    for outcome in of_case(key, dtype):
+        assert outcome.logits <= bound(key, dtype)
+        wrong = {name: error for name, error in outcome.gradients.items() if error > bound(key, dtype)}
+        assert not wrong
+
+
+@pytest.mark.parametrize("key", CASES)
+def test_weights_are_the_same_on_every_grid(key: str) -> None:
+    """Bit for bit those of the reference, which knows no ranks (but for the sizes with `projection=block`)."""
+    equal = of_case(key, "fp32")[0].weights_equal
+    assert all(equal.values()), [name for name, same in equal.items() if not same]
+
+
+@pytest.mark.parametrize("key", [key for key, case in CASES.items() if case.options.schedule == "perslice"])
+def test_perslice_is_far_from_wide_heads(key: str) -> None:
+    """The whole model's logits: residual paths dilute the attention's own distance of 0.7 to 0.9."""
+    assert of_case(key, "fp64")[0].to_wide_heads > 0.1
+
+
+@pytest.mark.parametrize("key", [key for key, case in CASES.items() if case.shape.experts])
+def test_each_token_is_routed_once(key: str) -> None:
+    case, ranks = CASES[key], of_case(key, "fp64")
+    padded = -case.tokens % case.grid.ranks * case.shape.top_k
+    for layer, expected in enumerate(ranks[0].expected):
+        routed = [sum(counts) for counts in zip(*(rank.routed[layer] for rank in ranks), strict=True)]
+        assert sum(routed) == case.tokens * case.shape.top_k + padded
+        # Expert by expert as in the reference; rows of padding go to some.
+        assert all(0 <= count - least <= padded for count, least in zip(routed, expected, strict=True))
+
+
+def test_eight_experts_on_sixteen_ranks_have_two_replicas() -> None:
+    for outcome in of_case("4x4-sharded-replicas", "fp32"):
+        assert (outcome.ep_size, outcome.replicas) == (8, 2)
+
+
+# The plain model, and PyTorch's tensor parallelism of it.
+
+PLAIN = TransformerShape(2, 32, 8, 4, 8, mlp_hidden=48, vocab=40)
+
+
+def plain_gradients(model: PlainTransformer) -> dict[str, Tensor]:
+    out = {}
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        out[name] = whole(parameter.grad).detach()
+    return out
+
+
+def run_plain(shape: TransformerShape, sequence: bool, dtype: torch.dtype) -> dict[str, Any]:
+    """Errors of the plain model on one device against the reference, and of the parallel one against that."""
+    case = Case("plain", shape, 1, 1, batch=2, length=8)
+    tokens, gradient = inputs(case, dtype)
+    gradient = gradient.view(2, 8, -1)
+    reference = Reference(shape, case.grid, case.options, dtype=dtype)
+    reference.init_weights(SEED)
+    models = [PlainTransformer(shape, dtype) for _ in range(2)]
+    for model in models:
+        model.init_weights(SEED)
+    single, parallel = models
+    logits = single(tokens)
+    logits.backward(gradient)
+    ranks = torch.distributed.get_world_size()
+    mesh = Mesh(Grid(1, ranks)).device_mesh["head"]
+    tensor_parallel(parallel, mesh, sequence)
+    shard = parallel(tokens)
+    shard.backward(gradient.chunk(ranks, -1)[mesh.get_local_rank()].contiguous())
+    joined = DTensor.from_local(shard.detach(), mesh, [Shard(2)], run_check=False).redistribute(
+        placements=[Replicate()]
+    )
+    with torch.no_grad():
+        distance = relative(logits.detach().flatten(0, 1), reference(tokens))
+    expected = plain_gradients(single)
+    return {
+        "reference": distance,
+        "logits": relative(joined.to_local(), logits.detach()),
+        "gradients": {name: relative(g, expected[name]) for name, g in plain_gradients(parallel).items()},
+    }
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("ranks", "sequence"), [(1, False), (2, False), (4, False), (4, True)])
+def test_plain_model_and_its_tensor_parallel_form(ranks: int, sequence: bool, dtype: str) -> None:
+    shape = replace(PLAIN, qk_norm=ranks == 2, causal=ranks != 2)
+    for result in on_ranks(ranks, run_plain, shape, sequence, DTYPES[dtype]):
+        assert result["reference"] <= BOUND[dtype]
+        assert result["logits"] <= BOUND[dtype]
+        assert max(result["gradients"].values()) <= BOUND[dtype]
+
+
+def run_qk_norm(m: int, n: int) -> float:
+    """The largest error of a QK-norm weight's gradient, against the plain model's."""
+    case = Case("qk_norm", GQA, m, n)
+    tokens, gradient = inputs(case, torch.float64)
+    plain = PlainTransformer(case.shape, torch.float64)
+    plain.init_weights(SEED)
+    plain(tokens).flatten(0, 1).backward(gradient)
+    mesh = Mesh(case.grid)
+    model = Transformer(case.shape, mesh, case.options, dtype=torch.float64)
+    model.init_weights(SEED)
+    own = shard_range(case.shape.vocab, case.grid.ranks, mesh.model.rank)
+    model(tokens).backward(gradient[:, own.start : own.stop])
+    found = whole_parameters(model, gradients=True)
+    expected = plain_gradients(plain)
+    return max(
+        relative(
+            found[f"blocks.{layer}.attention.{key}"].flatten(), expected[f"blocks.{layer}.attention.{key}.weight"]
+        )
+        for layer in range(case.shape.layers)
+        for key in ("q_norm", "k_norm")
+    )
+
+
+@pytest.mark.parametrize(("m", "n"), [(2, 1), (2, 2)])
+def test_qk_norm_gradients(m: int, n: int) -> None:
+    assert max(on_ranks(m * n, run_qk_norm, m, n)) <= BOUND["fp64"]
+
+
+def test_tensor_parallelism_has_no_answer_to_few_kv_heads() -> None:
+    """Where Helix has one: m."""
+    with pytest.raises(PartitionError, match="kv_heads is 1"):
+        check_tensor_parallel(replace(PLAIN, kv_heads=1), 2)
+
+
+def test_plain_model_has_no_experts() -> None:
+    with pytest.raises(PartitionError, match="4 experts"):
+        PlainTransformer(MOE)
