@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
+
 from helix.comm.launch import launch
 
 T = TypeVar("T")
@@ -17,4 +19,9 @@ def on_ranks(ranks: int, fn: Callable[..., T], *args: Any, timeout_s: float = 20
     belongs in here too, on one rank if need be: where a GPU is present, a backward pass in the pytest process
     starts threads that no later fork survives.
     """
-    return launch(fn, *args, ranks=ranks, timeout_s=timeout_s)
+
+    def on_one_thread(*args: Any) -> T:
+        torch.set_num_threads(1)  # tests are small; where cores are shared, a second thread is mostly waited for
+        return fn(*args)
+
+    return launch(on_one_thread, *args, ranks=ranks, timeout_s=timeout_s)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from multiprocessing import popen_fork
 from pathlib import Path
 
 import psutil
@@ -48,10 +50,80 @@ parent = os.getpid()
 
 
 def test_a_launch_leaves_the_caller_as_it_was() -> None:
-    on_ranks(2, barrier_or_hang)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+    handlers = [signal.signal(number, signal.default_int_handler) for number in numbers]
+    try:
+        on_ranks(2, barrier_or_hang)
+        assert [signal.getsignal(number) for number in numbers] == [signal.default_int_handler] * len(numbers)
+    finally:
+        for number, handler in zip(numbers, handlers, strict=True):
+            signal.signal(number, handler)
     assert not dist.is_initialized()
     assert "RANK" not in os.environ
     assert launched_ranks() is None
+
+
+def test_ranks_connect_only_when_all_are_forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank that connects has the launcher's store thread look up its address, under the C library's lock.
+
+    A rank forked at that moment would inherit the lock, held for ever. So none may connect before the last fork.
+    """
+    forked, connected = [0.0], [0.0]
+    fork, connect = popen_fork.Popen._launch, dist.init_process_group
+
+    def slow_fork(self: object, process: object) -> None:
+        time.sleep(0.3)
+        forked[0] = time.monotonic()
+        fork(self, process)
+
+    def timed_connect(*args: object, **options: object) -> None:
+        connected[0] = time.monotonic()
+        connect(*args, **options)
+
+    monkeypatch.setattr(popen_fork.Popen, "_launch", slow_fork)
+    monkeypatch.setattr(dist, "init_process_group", timed_connect)
+    times = on_ranks(3, lambda: (barrier_or_hang(), forked[0], connected[0])[1:])
+    assert max(at for at, _ in times) <= min(at for _, at in times)
+
+
+def test_no_rank_leaves_before_all_have_connected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is done early closes its connections, and would be taken for one that crashed."""
+    connect, destroy = dist.init_process_group, dist.destroy_process_group
+
+    def uneven_connect(*args: object, **options: object) -> None:
+        connect(*args, **options)
+        time.sleep(0.5 * int(os.environ["RANK"]))
+
+    def timed_destroy() -> None:
+        (tmp_path / os.environ["RANK"]).write_text(str(time.monotonic()))
+        destroy()
+
+    monkeypatch.setattr(dist, "init_process_group", uneven_connect)
+    monkeypatch.setattr(dist, "destroy_process_group", timed_destroy)
+    connected = on_ranks(3, time.monotonic)
+    assert min(float((tmp_path / str(rank)).read_text()) for rank in range(3)) >= max(connected) - 0.2  # of 0.5 s between two
+
+
+class Garbage:
+    """A cycle that only the garbage collector frees, and that leaves a mark where it is freed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.cycle = folder, self
+
+    def __del__(self) -> None:
+        (self.folder / str(os.getpid())).touch()
+
+
+def test_ranks_do_not_free_the_launchers_garbage(tmp_path: Path) -> None:
+    """An earlier launch's store has a thread, which a forked rank has not: freeing it there hangs or crashes."""
+    gc.disable()
+    try:
+        Garbage(tmp_path)
+        on_ranks(2, gc.collect)
+    finally:
+        gc.enable()
+    gc.collect()
+    assert [path.name for path in tmp_path.iterdir()] == [str(os.getpid())]
 
 
 class OwnError(Exception):

@@ -8,21 +8,18 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Any
 
 import pytest
 import torch
 from ranks import on_ranks
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from helix.comm.mesh import Mesh
 from helix.comm.parameters import fill, fill_normal, whole
 from helix.models.plain import PlainTransformer
 from helix.models.reference import Reference
 from helix.models.transformer import Transformer
-from helix.parallel.tensor_parallel import check_tensor_parallel, tensor_parallel
-from helix.partition.grid import Grid, PartitionError, shard_range
+from helix.partition.grid import Grid, shard_range
 from helix.partition.options import AttentionOptions
 from helix.partition.shape import TransformerShape
 
@@ -31,7 +28,7 @@ DTYPES = {"fp64": torch.float64, "fp32": torch.float32}
 # fp64 keeps 16 digits, fp32 7; sums in another order lose a few of them. A router computes in fp32 whatever the
 # model's dtype, and sums on other shapes of tokens, so what its gates scale has fp32's digits.
 BOUND = {"fp64": 1e-10, "fp32": 1e-5}
-ROUTED_BOUND = {"fp64": 1e-5, "fp32": 1e-5}
+ROUTED_BOUND = {"fp64": 1e-6, "fp32": 1e-5}
 
 
 @dataclass(frozen=True)
@@ -73,22 +70,23 @@ def cases() -> list[Case]:
     out = []
     for residual in ("sharded", "replicated"):
         plain = AttentionOptions(residual=residual)
+        models = {"dense": DENSE, "gqa": GQA, "moe": MOE, "moe_top2": MOE_2}
         for m, n in ((1, 1), (1, 2), (2, 1), (2, 2)):
-            named = {"dense": DENSE, "gqa": GQA, "no_rope": NO_ROPE, "moe": MOE, "moe_top2": MOE_2}
-            out += [Case(name, shape, m, n, plain) for name, shape in named.items()]
-        for m, n in ((2, 1), (2, 2)):
-            ends = {
-                "concat": replace(plain, aggregate="concat"),
-                "concat_flat": replace(plain, aggregate="concat", concat="flat"),
-                "block": replace(plain, projection="block"),
-                "perslice": replace(plain, schedule="perslice"),
-            }
-            out += [Case(name, DENSE, m, n, options) for name, options in ends.items()]
-        out.append(Case("uneven", NINE, 3, 3, plain))
-        out.append(Case("replicas", SIXTEEN, 4, 4, plain))
-    # Fewer experts' ranks than ranks: EP2 x 2, two experts on each.
-    out.append(Case("moe_ep2", MOE_2, 2, 2, ep_size=2))
-    return out
+            out += [Case(name, shape, m, n, plain) for name, shape in models.items()]
+        out += [
+            Case("concat", DENSE, 2, 2, replace(plain, aggregate="concat")),
+            Case("concat_flat", DENSE, 2, 2, replace(plain, aggregate="concat", concat="flat")),
+            Case("uneven", NINE, 3, 3, plain),
+        ]
+    default = AttentionOptions()
+    for m, n in ((2, 1), (2, 2)):
+        out += [
+            Case("no_rope", NO_ROPE, m, n),
+            Case("block", DENSE, m, n, replace(default, projection="block")),
+            Case("perslice", DENSE, m, n, replace(default, schedule="perslice")),
+        ]
+    # Two ranks share one set of experts, two experts on each; and eight of sixteen, one on each.
+    return [*out, Case("moe_ep2", MOE_2, 2, 2, ep_size=2), Case("replicas", SIXTEEN, 4, 4)]
 
 
 CASES = {case.id: case for case in cases()}
@@ -200,11 +198,13 @@ def run_case(case: Case, dtype: torch.dtype) -> Outcome:
 
     out = Outcome(logits=relative(model.whole_logits(logits.detach()), expected), ep_size=model.ep_size)
     named = reference_parameters(reference)
-    weights, gradients = whole_parameters(model, gradients=False), whole_parameters(model, gradients=True)
-    for name in weights:
+    gradients = whole_parameters(model, gradients=True)
+    weights = whole_parameters(model, gradients=False) if dtype == torch.float32 else {}
+    for name in gradients:
         if name.endswith(("q_norm", "k_norm")):  # the reference has none: see test_qk_norm_gradients
             continue
-        out.weights_equal[name] = torch.equal(weights[name], named[name].detach())
+        if weights:
+            out.weights_equal[name] = torch.equal(weights[name], named[name].detach())
         expected_gradient = named[name].grad
         # A reference's expert without tokens has a gradient of zeros as well.
         assert expected_gradient is not None
@@ -239,7 +239,7 @@ def outcomes(ranks: int) -> list[dict[tuple[str, str], Outcome]]:
     import deepspeed  # noqa: F401  once, before the fork, not on every rank
 
     ids = [key for key, case in CASES.items() if case.grid.ranks == ranks]
-    return on_ranks(ranks, run_cases, ids)
+    return on_ranks(ranks, run_cases, ids, timeout_s=60)
 
 
 def of_case(key: str, dtype: str) -> list[Outcome]:
@@ -263,6 +263,7 @@ def test_equals_the_reference(key: str, dtype: str) -> None:
 def test_weights_are_the_same_on_every_grid(key: str) -> None:
     """Bit for bit those of the reference, which knows no ranks (but for the sizes with `projection=block`)."""
     equal = of_case(key, "fp32")[0].weights_equal
+    assert equal
     assert all(equal.values()), [name for name, same in equal.items() if not same]
 
 
@@ -288,60 +289,6 @@ def test_eight_experts_on_sixteen_ranks_have_two_replicas() -> None:
         assert (outcome.ep_size, outcome.replicas) == (8, 2)
 
 
-# The plain model, and PyTorch's tensor parallelism of it.
-
-PLAIN = TransformerShape(2, 32, 8, 4, 8, mlp_hidden=48, vocab=40)
-
-
-def plain_gradients(model: PlainTransformer) -> dict[str, Tensor]:
-    out = {}
-    for name, parameter in model.named_parameters():
-        assert parameter.grad is not None, name
-        out[name] = whole(parameter.grad).detach()
-    return out
-
-
-def run_plain(shape: TransformerShape, sequence: bool, dtype: torch.dtype) -> dict[str, Any]:
-    """Errors of the plain model on one device against the reference, and of the parallel one against that."""
-    case = Case("plain", shape, 1, 1, batch=2, length=8)
-    tokens, gradient = inputs(case, dtype)
-    gradient = gradient.view(2, 8, -1)
-    reference = Reference(shape, case.grid, case.options, dtype=dtype)
-    reference.init_weights(SEED)
-    models = [PlainTransformer(shape, dtype) for _ in range(2)]
-    for model in models:
-        model.init_weights(SEED)
-    single, parallel = models
-    logits = single(tokens)
-    logits.backward(gradient)
-    ranks = torch.distributed.get_world_size()
-    mesh = Mesh(Grid(1, ranks)).device_mesh["head"]
-    tensor_parallel(parallel, mesh, sequence)
-    shard = parallel(tokens)
-    shard.backward(gradient.chunk(ranks, -1)[mesh.get_local_rank()].contiguous())
-    joined = DTensor.from_local(shard.detach(), mesh, [Shard(2)], run_check=False).redistribute(
-        placements=[Replicate()]
-    )
-    with torch.no_grad():
-        distance = relative(logits.detach().flatten(0, 1), reference(tokens))
-    expected = plain_gradients(single)
-    return {
-        "reference": distance,
-        "logits": relative(joined.to_local(), logits.detach()),
-        "gradients": {name: relative(g, expected[name]) for name, g in plain_gradients(parallel).items()},
-    }
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("ranks", "sequence"), [(1, False), (2, False), (4, False), (4, True)])
-def test_plain_model_and_its_tensor_parallel_form(ranks: int, sequence: bool, dtype: str) -> None:
-    shape = replace(PLAIN, qk_norm=ranks == 2, causal=ranks != 2)
-    for result in on_ranks(ranks, run_plain, shape, sequence, DTYPES[dtype]):
-        assert result["reference"] <= BOUND[dtype]
-        assert result["logits"] <= BOUND[dtype]
-        assert max(result["gradients"].values()) <= BOUND[dtype]
-
-
 def run_qk_norm(m: int, n: int) -> float:
     """The largest error of a QK-norm weight's gradient, against the plain model's."""
     case = Case("qk_norm", GQA, m, n)
@@ -355,27 +302,17 @@ def run_qk_norm(m: int, n: int) -> float:
     own = shard_range(case.shape.vocab, case.grid.ranks, mesh.model.rank)
     model(tokens).backward(gradient[:, own.start : own.stop])
     found = whole_parameters(model, gradients=True)
-    expected = plain_gradients(plain)
-    return max(
-        relative(
-            found[f"blocks.{layer}.attention.{key}"].flatten(), expected[f"blocks.{layer}.attention.{key}.weight"]
-        )
-        for layer in range(case.shape.layers)
-        for key in ("q_norm", "k_norm")
-    )
+    expected = dict(plain.named_parameters())
+    errors = []
+    for layer in range(case.shape.layers):
+        for key in ("q_norm", "k_norm"):
+            name = f"blocks.{layer}.attention.{key}"
+            grad = expected[f"{name}.weight"].grad
+            assert grad is not None
+            errors.append(relative(found[name].flatten(), grad))
+    return max(errors)
 
 
 @pytest.mark.parametrize(("m", "n"), [(2, 1), (2, 2)])
 def test_qk_norm_gradients(m: int, n: int) -> None:
     assert max(on_ranks(m * n, run_qk_norm, m, n)) <= BOUND["fp64"]
-
-
-def test_tensor_parallelism_has_no_answer_to_few_kv_heads() -> None:
-    """Where Helix has one: m."""
-    with pytest.raises(PartitionError, match="kv_heads is 1"):
-        check_tensor_parallel(replace(PLAIN, kv_heads=1), 2)
-
-
-def test_plain_model_has_no_experts() -> None:
-    with pytest.raises(PartitionError, match="4 experts"):
-        PlainTransformer(MOE)

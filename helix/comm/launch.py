@@ -7,6 +7,7 @@ cores need 44). The parent must not have started torch's thread pool, which does
 from __future__ import annotations
 
 import ctypes
+import gc
 import logging
 import os
 import pickle
@@ -14,15 +15,20 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
+from multiprocessing import get_context
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -50,6 +56,7 @@ def launch(fn: Callable[..., T], *args: Any, ranks: int, device: str = "cpu", ti
     Raises:
         ValueError: if ranks is below 1, differs from the ranks that are running, or exceeds the GPUs.
         RankError: if a rank was killed.
+        KeyboardInterrupt, SystemExit: if this process is told to stop, once the ranks have ended.
         Exception: the first failing rank's own error, with its traceback as the cause.
     """
     if ranks < 1:
@@ -92,7 +99,7 @@ def _fork(fn: Callable[..., T], args: tuple[Any, ...], ranks: int, device: str, 
         max_restarts=0,
         local_addr="127.0.0.1",
     )
-    parent = os.getpid()
+    parent, all_forked = os.getpid(), get_context("fork").Event()
     # All ranks are on this machine. Gloo would otherwise look up the host's name, on every rank, and a slow
     # name server then holds up the start.
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
@@ -103,30 +110,80 @@ def _fork(fn: Callable[..., T], args: tuple[Any, ...], ranks: int, device: str, 
     sys.stderr.flush()
     with tempfile.TemporaryDirectory(prefix="helix-launch-") as folder:
         try:
-            results = elastic_launch(config, _rank_main)(fn, args, device, timeout_s, folder, parent)
+            with _no_collection(), _own_handlers():
+                results = elastic_launch(config, _rank_main)(fn, args, device, timeout_s, folder, parent, all_forked)
+        except SignalException as stopped:
+            if stopped.sigval == signal.SIGINT:
+                raise KeyboardInterrupt from None
+            raise SystemExit(128 + stopped.sigval) from None
         except ChildFailedError as failed:
             raise _first_error(failed, Path(folder)) from failed.__cause__
     return [results[rank] for rank in range(ranks)]
 
 
 def _rank_main(
-    fn: Callable[..., T], args: tuple[Any, ...], device: str, timeout_s: float, folder: str, parent: int
+    fn: Callable[..., T],
+    args: tuple[Any, ...],
+    device: str,
+    timeout_s: float,
+    folder: str,
+    parent: int,
+    all_forked: Event,
 ) -> T:
     rank = int(os.environ["RANK"])
+    gc.freeze()  # see _no_collection
+    gc.enable()
     # The launcher's Python handlers came along with the fork. A rank that waits inside a collective runs no
     # Python, so it would outlive SIGTERM until elastic's SIGKILL, 30 s later.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the launcher, which stops the ranks
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     _die_with(parent)
+    # A rank that connects has the launcher's store thread look up its address, under a lock of the C library. A
+    # rank forked at that moment would inherit the lock, held for ever; so none connects before the last is forked.
+    if int(os.environ["LOCAL_RANK"]) == int(os.environ["LOCAL_WORLD_SIZE"]) - 1:
+        all_forked.set()
+    all_forked.wait()
     try:
         with _process_group(device, timeout_s):
             return fn(*args)
     except Exception as error:
-        error.add_note(f"on rank {rank}:\n{traceback.format_exc()}")
-        _keep(error, Path(folder) / f"{rank}.pickle")
+        _keep(error, f"on rank {rank}:\n{traceback.format_exc()}", Path(folder) / f"{rank}.pickle")
         # If this is only the echo of a rank that was killed, let elastic see that one first; it reports one.
         time.sleep(0.5)
-        raise SystemExit(1) from None  # the parent raises the error; elastic need not print it too
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # Not through the interpreter's end: gloo's threads are still waiting for the others, and crash in it.
+        os._exit(1)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """No garbage collection between here and a rank's first line.
+
+    What a rank inherits and no longer needs, such as the store of an earlier launch, must not be destroyed in it:
+    the destructor would wait for a thread that only the launcher has (seen: ranks that hung or crashed at start).
+    """
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@contextmanager
+def _own_handlers() -> Iterator[None]:
+    """Put back the signal handlers that elastic's agent replaces and leaves."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+    handlers = [(number, signal.getsignal(number)) for number in numbers]
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in handlers:
+                signal.signal(number, handler)
 
 
 class _process_group:
@@ -142,6 +199,8 @@ class _process_group:
         else:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
         dist.init_process_group("nccl" if self.device == "cuda" else "gloo", timeout=self.timeout)
+        # One that is done early closes its connections, and would be taken for one that crashed by a late one.
+        dist.barrier()
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         # After an error the others may be stuck in a collective, and destroying the group would wait for them.
@@ -157,13 +216,19 @@ def _die_with(parent: int) -> None:
             os._exit(1)
 
 
-def _keep(error: Exception, path: Path) -> None:
+def _keep(error: Exception, note: str, path: Path) -> None:
+    """Put the error where the launcher finds it; one that does not pickle as its text."""
     try:
+        error.add_note(note)
         content = pickle.dumps(error)
         pickle.loads(content)
     except Exception:
-        content = pickle.dumps(RuntimeError(f"{type(error).__name__}: {error}"))
-    path.write_bytes(content)
+        plain = RuntimeError(f"{type(error).__name__}: {error}")
+        plain.add_note(note)
+        content = pickle.dumps(plain)
+    draft = path.with_suffix(".draft")
+    draft.write_bytes(content)
+    draft.rename(path)  # this rank may be stopped at any time
 
 
 def _first_error(failed: ChildFailedError, folder: Path) -> BaseException:

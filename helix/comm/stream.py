@@ -92,4 +92,5 @@ class Sharded:
 
 def make_stream(kind: str, axis: Axis) -> Stream:
     """The layout by its config name, `sharded` or `replicated`."""
-    return {"sharded": Sharded, "replicated": Replicated}[kind](axis)
+    streams: dict[str, type[Sharded] | type[Replicated]] = {"sharded": Sharded, "replicated": Replicated}
+    return streams[kind](axis)

@@ -23,6 +23,7 @@ from helix.comm.mesh import Mesh
 from helix.comm.parameters import Work, empty_parameter, fill_normal, local
 from helix.comm.record import listening, tell
 from helix.comm.stream import Replicated, Sharded, Stream
+from helix.models.layers import FeedForward
 from helix.partition import wire
 from helix.partition.shape import check_expert_parallel
 
@@ -39,6 +40,7 @@ class Expert(nn.Module):
     def init_weights(self, seed: int, name: str) -> None:
         for key, parameter in self.named_parameters():
             # Only the own expert is drawn: the whole of all experts would be drawn on every rank.
+            assert isinstance(parameter, DTensor)
             own = parameter.to_local()[0]
             fill_normal(own, own.shape[1] ** -0.5, seed, f"{name}.{key}")
 
@@ -53,7 +55,7 @@ class _Local(nn.Module):
         return local(weight, Work.SHARDED)
 
 
-class Experts(nn.Module):
+class Experts(FeedForward):
     """Top-k routing and `experts` experts over `ep_size` ranks each, on the residual stream.
 
     No token is dropped, so that the result does not depend on how the tokens lie over the ranks; the exchange
@@ -117,7 +119,6 @@ class Experts(nn.Module):
             expert.init_weights(seed, f"{name}.experts.{self.first_expert + offset}")
 
     def forward(self, x: Tensor, shape: tuple[int, int]) -> Tensor:
-        """The stream -> the stream."""
         if self.replicated:
             x = self.tokens.leave_whole(x, "experts")
         if listening():

@@ -5,6 +5,8 @@ Sharded-shape notation as in `helix.partition.grid`; F@model means cut over all 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -36,7 +38,19 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, (x.shape[-1],), local(self.weight, self.work), NORM_EPS)
 
 
-class MLP(nn.Module):
+class FeedForward(nn.Module, ABC):
+    """What follows attention in a block: an MLP, or experts."""
+
+    @abstractmethod
+    def init_weights(self, seed: int, name: str) -> None:
+        """Fill the weights with values that depend on seed and name, not on the layout."""
+
+    @abstractmethod
+    def forward(self, x: Tensor, shape: tuple[int, int]) -> Tensor:
+        """The stream -> the stream, for B x T = `shape` tokens."""
+
+
+class MLP(FeedForward):
     """gelu(x W_up^T) W_down^T; up[F@model, E] column-parallel, down[E, F@model] row-parallel."""
 
     def __init__(self, width: int, hidden: int, mesh: Mesh, stream: Stream, dtype: torch.dtype | None = None) -> None:
@@ -50,7 +64,6 @@ class MLP(nn.Module):
         fill_normal(self.down, self.down.shape[1] ** -0.5, seed, f"{name}.down")
 
     def forward(self, x: Tensor, shape: tuple[int, int]) -> Tensor:
-        """The stream -> the stream."""
         x = self.stream.enter(x, shape[0] * shape[1], "mlp")
         x = F.linear(F.gelu(F.linear(x, local(self.up))), local(self.down))
         return self.stream.leave(x, "mlp")

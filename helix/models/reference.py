@@ -97,15 +97,17 @@ class Reference(nn.Module):
 
     def _attention(self, name: str, x: Tensor) -> Tensor:
         layout = self.shape.layout
-        qkv = [self._weight(f"{name}.{key}") for key in ("wq", "wk", "wv")]
+        wq, wk, wv = (self._weight(f"{name}.{key}") for key in ("wq", "wk", "wv"))
         if self.options.projection == "block":
-            qkv = [block_weights(w, layout.heads, self.grid.m, self.grid.n) for w in qkv]
+            wq, wk, wv = (block_weights(w, layout.heads, self.grid.m, self.grid.n) for w in (wq, wk, wv))
         wo = self._weight(f"{name}.wo") if self.options.aggregate == "project" else None
         # Untrained QK-norm weights are ones.
         ones = x.new_ones(layout.parts, layout.head_dim // layout.parts) if self.shape.qk_norm else None
         return attention_oracle(
             x,
-            *qkv,
+            wq,
+            wk,
+            wv,
             wo,
             q_norm=ones,
             k_norm=ones,

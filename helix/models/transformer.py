@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, Shard
 from helix.attention import HelixAttention
 from helix.comm.mesh import Mesh
 from helix.comm.stream import Stream, make_stream
-from helix.models.layers import MLP, Embedding, Head, RMSNorm
+from helix.models.layers import MLP, Embedding, FeedForward, Head, RMSNorm
 from helix.partition.options import AttentionOptions
 from helix.partition.shape import TransformerShape, default_expert_parallel
 
@@ -20,13 +20,19 @@ from helix.partition.shape import TransformerShape, default_expert_parallel
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)); the MLP may be experts."""
 
-    def __init__(self, shape: TransformerShape, attention: HelixAttention, mlp: nn.Module, mesh: Mesh) -> None:
+    def __init__(self, shape: TransformerShape, attention: HelixAttention, mlp: FeedForward, mesh: Mesh) -> None:
         super().__init__()
         dtype = attention.wq.dtype
         self.attention_norm = RMSNorm(shape.width, mesh, attention.stream, dtype)
         self.attention = attention
         self.mlp_norm = RMSNorm(shape.width, mesh, attention.stream, dtype)
         self.mlp = mlp
+
+    def init_weights(self, seed: int, name: str) -> None:
+        self.attention_norm.init_weights()
+        self.attention.init_weights(seed, f"{name}.attention")
+        self.mlp_norm.init_weights()
+        self.mlp.init_weights(seed, f"{name}.mlp")
 
     def forward(self, x: Tensor, shape: tuple[int, int]) -> Tensor:
         """The stream -> the stream."""
@@ -85,7 +91,7 @@ class Transformer(nn.Module):
         )
         return Block(shape, attention, self._mlp(self.stream, dtype), self.mesh)
 
-    def _mlp(self, stream: Stream, dtype: torch.dtype | None) -> nn.Module:
+    def _mlp(self, stream: Stream, dtype: torch.dtype | None) -> FeedForward:
         shape = self.shape
         if not shape.experts:
             return MLP(shape.width, shape.mlp_hidden, self.mesh, stream, dtype)
@@ -99,10 +105,8 @@ class Transformer(nn.Module):
         """Fill all weights; the same whole weights on every grid."""
         self.embedding.init_weights(seed, "embedding")
         for index, block in enumerate(self.blocks):
-            block.attention_norm.init_weights()
-            block.attention.init_weights(seed, f"blocks.{index}.attention")
-            block.mlp_norm.init_weights()
-            block.mlp.init_weights(seed, f"blocks.{index}.mlp")
+            assert isinstance(block, Block)
+            block.init_weights(seed, f"blocks.{index}")
         self.norm.init_weights()
         self.head.init_weights(seed, "head")
 

@@ -50,17 +50,20 @@ def tensor_parallel(model: PlainTransformer, mesh: DeviceMesh, sequence: bool = 
     """
     check_tensor_parallel(model.shape, mesh.size())
     # Every rank has drawn the same weights: none needs to be sent.
-    parallelize_module(model, mesh, _plan(sequence), src_data_rank=None)
+    parallelize_module(model, mesh, _plan(sequence, model.shape.qk_norm), src_data_rank=None)
     return model
 
 
-def _plan(sequence: bool) -> dict[str, ParallelStyle]:
+def _plan(sequence: bool, qk_norm: bool) -> dict[str, ParallelStyle]:
     stream = Shard(1) if sequence else Replicate()
-    norm: dict[str, ParallelStyle] = {}
+    norms: dict[str, ParallelStyle] = {}
     if sequence:
-        names = ("blocks.*.attention_norm", "blocks.*.mlp_norm", "norm")
-        norm = {name: SequenceParallel(use_local_output=True) for name in names}
-    return norm | {
+        for name in ("blocks.*.attention_norm", "blocks.*.mlp_norm", "norm"):
+            norms[name] = SequenceParallel(use_local_output=True)
+    if qk_norm:  # q[B, T, H@ranks, D]: cut over the heads, so that the weight's gradient is summed over them
+        for name in ("blocks.*.attention.q_norm", "blocks.*.attention.k_norm"):
+            norms[name] = SequenceParallel(sequence_dim=2, use_local_output=True)
+    return norms | {
         "embedding": RowwiseParallel(input_layouts=Replicate(), output_layouts=stream),
         "blocks.*.attention": PrepareModuleInput(
             input_layouts=(stream, None), desired_input_layouts=(Replicate(), None)

@@ -52,7 +52,13 @@ def compare(module: BenchmarkModule, batch: Tensor, data: int) -> Check:
     error, h_heads, routes = answer[0]
     own_routes = [layer.chunk(data)[model.mesh.data.rank] for layer in routes]
     cost = TransformerCost(
-        model.shape, model.mesh.grid, model.options, *tokens.shape, logits.element_size(), model.ep_size
+        model.shape,
+        model.mesh.grid,
+        model.options,
+        tokens.shape[0],
+        tokens.shape[1],
+        logits.element_size(),
+        model.ep_size,
     )
     rank = model.mesh.model.rank
     return Check(

@@ -19,5 +19,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, axis: Axis, causal: bool) -> Tensor:
     heads, kv_heads = q.shape[2], k.shape[2]
     samples = deal_sizes(q.shape[0], axis.size)
     qkv = deal(torch.cat([q, k, v], dim=2), axis, samples, "attention.qkv")  # [B@slice, T, H + 2K, D]
-    o = fused_attention(*qkv.split([heads, kv_heads, kv_heads], dim=2), causal)
+    q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=2)
+    o = fused_attention(q, k, v, causal)
     return collect(o, axis, samples, "attention.out")

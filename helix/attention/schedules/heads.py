@@ -20,6 +20,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, axis: Axis, causal: bool) -> Tensor:
     heads, kv_heads = shares[0].shape[3], shares[1].shape[3]
     packed = torch.cat(shares, dim=3).movedim(2, 0)  # [m, B, T, (H + 2K)/m, D@slice]
     qkv = deal(packed, axis, [1] * m, "attention.qkv").squeeze(0)  # [B, T, (H + 2K)/m, D]
-    o = fused_attention(*qkv.split([heads, kv_heads, kv_heads], dim=2), causal)
+    q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=2)
+    o = fused_attention(q, k, v, causal)
     out = collect(o.unsqueeze(0), axis, [1] * m, "attention.out")  # [m, B, T, H/m, D@slice]
     return out.movedim(0, 2).flatten(2, 3)
