@@ -8,11 +8,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
-import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = [
@@ -110,7 +110,8 @@ def test_a_killed_rank_ends_the_command_and_keeps_what_was_logged(tmp_path: Path
     endless = [*TINY, "workload.iterations=100000", "workload.runs=2"]
     process = _start(tmp_path, "parallel=helix", "parallel.m=1", "parallel.n=4", "model=dense", *endless)
     ranks = _ranks(process)
-    time.sleep(3)  # well into the steps
+    _wait_for(lambda: list((tmp_path / "wandb").glob("offline-run-*")), "W&B run")
+    time.sleep(6)  # well into the steps
     os.kill(ranks[2], signal.SIGKILL)
     killed = time.monotonic()
     _, err = process.communicate(timeout=30)
@@ -126,16 +127,19 @@ def test_a_killed_rank_ends_the_command_and_keeps_what_was_logged(tmp_path: Path
 
 def _ranks(process: subprocess.Popen[str]) -> list[int]:
     """The pids of the four ranks, in order of rank: they are forked one after the other."""
+
+    def children() -> list[int]:
+        return sorted(child.pid for child in psutil.Process(process.pid).children())
+
+    _wait_for(lambda: children()[3:], "ranks")
+    return children()[-4:]
+
+
+def _wait_for(found: Callable[[], list[Any]], what: str) -> None:
     deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        children = [c for c in psutil.Process(process.pid).children() if c.name().startswith(("python", "pt_elastic"))]
-        ranks = sorted(
-            c.pid for c in children if c.environ().get("RANK") or c.cmdline() == psutil.Process(process.pid).cmdline()
-        )
-        if len(ranks) >= 4:
-            return ranks[-4:]
+    while not found():
+        assert time.monotonic() < deadline, f"no {what}"
         time.sleep(0.2)
-    pytest.fail("the ranks did not start")
 
 
 def _wandb_records(folder: Path) -> list[dict[str, Any]]:

@@ -10,6 +10,13 @@ from torch.nn.attention.bias import causal_lower_right
 from helix.attention.oracle import ROPE_BASE
 
 
+def unpack(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """qkv[B, T, H + 2K, D] -> q[B, T, H, D], k, v[B, T, K, D], for H = `heads`; views."""
+    kv_heads = (qkv.shape[2] - heads) // 2
+    q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=2)
+    return q, k, v
+
+
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     """softmax(q k^T / sqrt(D)) v for whole or narrow heads.
 

@@ -130,8 +130,8 @@ class HelixAttention(nn.Module):
             return self.forward(x.flatten(0, 1), (x.shape[0], x.shape[1])).view(x.shape)
         schedule = self.schedule_for(*shape)
         x = self.stream.enter(x, shape[0] * shape[1], "attention")
-        q, k, v = self._project_in(x, shape, exact=schedule != "perslice")
-        o = ATTEND[schedule](q, k, v, self.slices, self.causal)
+        qkv = self._project_in(x, shape, exact=schedule != "perslice")
+        o = ATTEND[schedule](qkv, self.layout.heads // self.grid.n, self.slices, self.causal)
         return self._project_out(o)
 
     def schedule_for(self, batch: int, length: int) -> str:
@@ -145,16 +145,15 @@ class HelixAttention(nn.Module):
         check_schedule(self.schedule, self.layout, self.grid, batch, length)
         return self.schedule
 
-    def _project_in(self, x: Tensor, shape: tuple[int, int], exact: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """x[N, E] -> q[B, T, H@head, D@slice], k, v[B, T, K@head, D@slice], normed and rotated."""
+    def _project_in(self, x: Tensor, shape: tuple[int, int], exact: bool) -> Tensor:
+        """x[N, E] -> qkv[B, T, (H + 2K)@head, D@slice], Q and K normed and rotated."""
         heads, kv_heads = self.layout.heads // self.grid.n, self.layout.kv_heads // self.grid.n
         # One matrix product for all three: on few rows and narrow shards three small ones cost more.
         weight = torch.cat([local(w).flatten(0, 2) for w in (self.wq, self.wk, self.wv)])
         qkv = F.linear(self._own_block(x) if self.projection == "block" else x, weight)
         qkv = qkv.view(*shape, heads + 2 * kv_heads, -1)
         if self.q_norm is None and not self.layout.rope:
-            q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=2)
-            return q, k, v
+            return qkv
         qk, v = qkv.split([heads + kv_heads, kv_heads], dim=2)
         if self.q_norm is not None and self.k_norm is not None:
             norms = torch.cat(
@@ -163,8 +162,7 @@ class HelixAttention(nn.Module):
             qk = self._rms_norm(qk, exact) * norms
         if self.layout.rope:
             qk = rotate_slice(qk, self.slices.rank, self.slices.size)
-        q, k = qk.split([heads, kv_heads], dim=2)
-        return q, k, v
+        return torch.cat([qk, v], dim=2)
 
     def _rms_norm(self, z: Tensor, exact: bool) -> Tensor:
         """z[B, T, H, D@slice] over the features of whole heads, or of narrow ones where the schedule has them."""

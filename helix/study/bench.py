@@ -134,12 +134,11 @@ def _core_steps(
     group = [z.chunk(n, dim=2)[mesh.head.rank] for z in qkv.split(heads, dim=2)]
     q, k, v = (z.double() for z in group)
     exact = fused_attention(q, k, v, case.causal)
-    # One tensor cut into three, as the layer's single projection leaves them.
+    # One tensor, as the layer's single projection leaves it.
     shard = torch.cat(group, dim=2).chunk(m, dim=-1)[mesh.slice.rank].contiguous()
-    q, k, v = shard.split([z.shape[2] for z in group], dim=2)
 
     def step(name: str) -> Step:
-        return lambda: ATTEND[name](q, k, v, mesh.slice, case.causal)
+        return lambda: ATTEND[name](shard, layout.heads // n, mesh.slice, case.causal)
 
     return {name: step(name) for name in schedules}, exact.chunk(m, dim=-1)[mesh.slice.rank]
 

@@ -1,11 +1,13 @@
 """The schedules behind one interface: what moves inside the m-group around the core attention.
 
-    attend(q, k, v, axis, causal) -> o
+    attend(qkv, heads, axis, causal) -> o
 
-    q[B, T, H@head, D@slice]   k, v[B, T, K@head, D@slice]   o[B, T, H@head, D@slice]
+    qkv[B, T, (H + 2K)@head, D@slice]   o[B, T, H@head, D@slice]
 
-`axis` is the slice axis, the m ranks of one head group. q and k have had QK-norm and RoPE applied. Which
-schedule can run where, and which of them equal the attention they partition, is `helix.partition.schedules`.
+Q, K and V come as one tensor, the group's `heads` query heads first: as one matrix product leaves them and as
+one exchange takes them, so that nothing is copied to pack them. Q and K have had QK-norm and RoPE applied.
+`axis` is the slice axis, the m ranks of one head group. Which schedule can run where, and which of them equal
+the attention they partition, is `helix.partition.schedules`.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from helix.comm.mesh import Axis
 
 
 class Attend(Protocol):
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, axis: Axis, causal: bool) -> Tensor: ...
+    def __call__(self, qkv: Tensor, heads: int, axis: Axis, causal: bool) -> Tensor: ...
 
 
 ATTEND: dict[str, Attend] = {

@@ -6,18 +6,17 @@ times the core FLOPs of one head group, on m ranks.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from helix.attention.kernel import fused_attention
+from helix.attention.kernel import fused_attention, unpack
 from helix.comm import collectives
 from helix.comm.mesh import Axis
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, axis: Axis, causal: bool) -> Tensor:
-    if axis.size > 1:
-        heads, kv_heads = q.shape[2], k.shape[2]
-        qk = torch.cat([q, k], dim=2).unsqueeze(0)
-        qk = collectives.all_gather(qk, axis, "attention.qk").movedim(0, -2).flatten(-2)  # [B, T, H + K, D]
-        q, k = qk.split([heads, kv_heads], dim=2)
-    return fused_attention(q, k, v, causal)
+def attend(qkv: Tensor, heads: int, axis: Axis, causal: bool) -> Tensor:
+    if axis.size == 1:
+        return fused_attention(*unpack(qkv, heads), causal)
+    kv_heads = (qkv.shape[2] - heads) // 2
+    qk, v = qkv.split([heads + kv_heads, kv_heads], dim=2)
+    qk = collectives.all_gather(qk.unsqueeze(0), axis, "attention.qk").movedim(0, -2).flatten(-2)  # [B, T, H + K, D]
+    return fused_attention(qk[:, :, :heads], qk[:, :, heads:], v, causal)

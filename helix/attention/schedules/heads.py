@@ -8,19 +8,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from helix.attention.kernel import fused_attention
+from helix.attention.kernel import fused_attention, unpack
 from helix.attention.relayout import collect, deal
 from helix.comm.mesh import Axis
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, axis: Axis, causal: bool) -> Tensor:
+def attend(qkv: Tensor, heads: int, axis: Axis, causal: bool) -> Tensor:
     m = axis.size
     # Rank r is dealt the r-th m-th of the query heads and of the key/value heads that they attend to.
-    shares = [z.unflatten(2, (m, -1)) for z in (q, k, v)]
-    heads, kv_heads = shares[0].shape[3], shares[1].shape[3]
-    packed = torch.cat(shares, dim=3).movedim(2, 0)  # [m, B, T, (H + 2K)/m, D@slice]
-    qkv = deal(packed, axis, [1] * m, "attention.qkv").squeeze(0)  # [B, T, (H + 2K)/m, D]
-    q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=2)
-    o = fused_attention(q, k, v, causal)
+    shares = [z.unflatten(2, (m, -1)).movedim(2, 0) for z in unpack(qkv, heads)]
+    qkv = deal(torch.cat(shares, dim=3), axis, [1] * m, "attention.qkv").squeeze(0)  # [B, T, (H + 2K)/m, D]
+    o = fused_attention(*unpack(qkv, heads // m), causal)
     out = collect(o.unsqueeze(0), axis, [1] * m, "attention.out")  # [m, B, T, H/m, D@slice]
     return out.movedim(0, 2).flatten(2, 3)

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from helix.attention.kernel import fused_attention
+from helix.attention.kernel import fused_attention, unpack
 from helix.comm.mesh import Axis
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, axis: Axis, causal: bool) -> Tensor:
-    return fused_attention(q, k, v, causal)
+def attend(qkv: Tensor, heads: int, axis: Axis, causal: bool) -> Tensor:
+    return fused_attention(*unpack(qkv, heads), causal)

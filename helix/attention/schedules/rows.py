@@ -15,16 +15,16 @@ from helix.comm.mesh import Axis
 from helix.partition.schedules import row_chunks
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, axis: Axis, causal: bool) -> Tensor:
+def attend(qkv: Tensor, heads: int, axis: Axis, causal: bool) -> Tensor:
+    q, kv = qkv[:, :, :heads], qkv[:, :, heads:]
     chunks = row_chunks(q.shape[1], axis.size, causal)
     sizes = [sum(map(len, mine)) for mine in chunks]
     order = torch.tensor([t for mine in chunks for run in mine for t in run], device=q.device)
     rows = deal(q.movedim(1, 0)[order], axis, sizes, "attention.q").movedim(0, 1)  # [B, T@slice, H, D]
-    kv = _gather_features(torch.cat([k, v], dim=2), axis)  # [B, S, 2K, D]
-    keys, values = kv.chunk(2, dim=2)
+    keys, values = _gather_features(kv, axis).chunk(2, dim=2)  # [B, S, K, D] each
     outputs, start = [], 0
     for run in chunks[axis.rank]:
-        visible = run.stop if causal else k.shape[1]
+        visible = run.stop if causal else q.shape[1]
         piece = rows[:, start : start + len(run)]
         outputs.append(fused_attention(piece, keys[:, :visible], values[:, :visible], causal))
         start += len(run)

@@ -12,12 +12,14 @@ import math
 import torch
 from torch import Tensor
 
+from helix.attention.kernel import unpack
 from helix.comm import collectives
 from helix.comm.mesh import Axis
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, axis: Axis, causal: bool) -> Tensor:
-    batch, length, heads, size = q.shape
+def attend(qkv: Tensor, heads: int, axis: Axis, causal: bool) -> Tensor:
+    q, k, v = unpack(qkv, heads)
+    batch, length, _, size = q.shape
     precise = torch.promote_types(q.dtype, torch.float32)
     grouped = q.unflatten(2, (k.shape[2], -1)).to(precise)  # [B, T, K, H/K, D@slice]
     scores = torch.einsum("btkgd,bskd->bkgts", grouped, k.to(precise))
