@@ -120,7 +120,8 @@ def test_auto_is_legal_exact_and_cheapest(
 @pytest.mark.parametrize(
     ("layout", "batch", "length", "chosen"),
     [
-        (HeadLayout(16, 16, 64), 8, 256, "heads"),  # 4 heads a group, dealt to 4
+        (HeadLayout(16, 16, 64), 8, 256, "batch"),  # as cheap as "heads", with less to copy
+        (HeadLayout(16, 16, 64), 1, 256, "heads"),  # 4 heads a group, dealt to 4
         (HeadLayout(4, 4, 64), 8, 256, "batch"),  # one head a group
         (HeadLayout(4, 4, 64), 1, 256, "gather"),  # and one sample, short: repeated scores beat moving V
         (HeadLayout(4, 4, 64), 1, 8192, "rows"),  # and long: they don't

@@ -205,6 +205,7 @@ class _process_group:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         # After an error the others may be stuck in a collective, and destroying the group would wait for them.
         if kind is None and dist.is_initialized():
+            dist.barrier()  # another may still be connecting a group of its own
             dist.destroy_process_group()
 
 
