@@ -59,7 +59,7 @@ CASES = [
     case("data-not-divisor", "parallel.data=3", "does not divide workload.batch_size=8", "[1, 2, 4, 8]"),
     # Schedules and ends
     case("schedule-unknown", "parallel.schedule=ulysses", "parallel.schedule cannot be 'ulysses'", "auto, perslice"),
-    case("schedule-misspelt", "parallel.schedule=row", "did you mean rows?", "auto, perslice, heads"),
+    case("schedule-misspelt", "parallel.schedule=row", "did you mean rows?", "auto, perslice, batch, heads"),
     case("heads-too-few", "parallel.schedule=heads model.heads=4", "group's heads=1", "legal: auto, perslice, batch"),
     case("heads-gqa", "parallel.schedule=heads model.kv_heads=4", "group's kv_heads=1", "legal: auto"),
     case("batch-of-1", "parallel.schedule=batch workload.batch_size=1", "the batch has 1", "heads, rows"),
