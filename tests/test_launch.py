@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 from ranks import on_ranks
 
-from helix.comm.launch import RankError, launched_ranks
+from helix.comm.launch import RankError
+from helix.config.environment import started
 
 
 def barrier_or_hang() -> None:
@@ -56,7 +57,7 @@ def test_a_launch_leaves_the_caller_as_it_was() -> None:
             signal.signal(number, handler)
     assert not dist.is_initialized()
     assert "RANK" not in os.environ
-    assert launched_ranks() is None
+    assert started() is None
 
 
 def test_ranks_connect_only_when_all_are_forked(monkeypatch: pytest.MonkeyPatch) -> None:

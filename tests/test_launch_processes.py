@@ -12,7 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from helix.comm.launch import launch, launched_ranks
+from helix.comm.launch import launch
+from helix.config.environment import started
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -35,7 +36,8 @@ def test_more_ranks_than_gpus_are_refused() -> None:
 def test_a_different_number_of_running_ranks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert launched_ranks() == 2
+    assert (here := started()) is not None
+    assert here.ranks == 2
     with pytest.raises(ValueError, match="16 ranks were asked for, and 2 are running"):
         launch(never, ranks=16)
 
@@ -49,7 +51,8 @@ def test_slurm_tasks_are_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
         monkeypatch.setenv(key, "")  # so that monkeypatch takes them away again
         monkeypatch.delenv(key)
-    assert launched_ranks() == 4
+    assert (here := started()) is not None
+    assert here.ranks == 4
     with pytest.raises(ValueError, match="3 ranks were asked for, and 4 are running"):
         launch(never, ranks=3)
     adopted = {key: os.environ[key] for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}

@@ -69,12 +69,6 @@ def launch(fn: Callable[..., T], *args: Any, ranks: int, device: str = "cpu", ti
     return _fork(fn, args, ranks, device, timeout_s)
 
 
-def launched_ranks() -> int | None:
-    """The number of ranks that torchrun or SLURM started this process as one of, or None."""
-    size = os.environ.get("WORLD_SIZE") if "RANK" in os.environ else os.environ.get("SLURM_NTASKS")
-    return int(size) if size else None
-
-
 def _join(fn: Callable[..., T], args: tuple[Any, ...], ranks: int, device: str, timeout_s: float) -> list[T]:
     running = int(os.environ["WORLD_SIZE"])
     if running != ranks:
