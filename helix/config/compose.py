@@ -16,6 +16,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from helix.config.explain import missing_value, unknown_key
+from helix.config.methods import to_name
 from helix.config.schema import ConfigError, InferConfig, ParallelConfig, register
 
 VERSION_BASE = "1.3"  # of Hydra's defaults; among them, that a job does not change the working directory
@@ -116,4 +117,4 @@ def _changes(cfg: DictConfig, prefix: str = "") -> tuple[list[str], list[str]]:
 
 
 def _method_name(parallel: DictConfig) -> str:
-    return cast(ParallelConfig, OmegaConf.to_object(parallel)).name
+    return to_name(cast(ParallelConfig, OmegaConf.to_object(parallel)))

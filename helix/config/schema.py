@@ -6,7 +6,9 @@ A field's metadata says which values it takes: `choices` for one of a few words,
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -16,7 +18,7 @@ from helix.partition.grid import Grid, PartitionError
 from helix.partition.schedules import SCHEDULES
 from helix.partition.shape import TransformerShape, default_expert_parallel
 
-METHODS = ("helix", "single")
+METHODS = ("helix", "single", "data", "tensor", "context", "ulysses", "autotp", "transformers")
 # Bytes of one stored weight by precision, in Lightning's names; "true" means weights and arithmetic alike.
 ITEMSIZE = {"64-true": 8, "32-true": 4, "bf16-true": 2, "16-true": 2}
 
@@ -39,7 +41,9 @@ def at_least(bound: int, default: Any = MISSING) -> Any:
 class ParallelConfig:
     """How one model is laid over ranks: m feature slices x n head groups x data replicas x pipeline stages.
 
-    `concat` matters to `aggregate=concat` only.
+    For other methods than Helix m is 1, and n the ranks that share one replica's stage. `concat` matters to
+    `aggregate=concat` only; of the attention's options the others read `residual` alone (tensor parallelism).
+    `microbatches` is the number that a pipeline cuts a step into. `helix.config.methods` has each method's name.
     """
 
     method: str = one_of("helix", METHODS)
@@ -52,11 +56,7 @@ class ParallelConfig:
     concat: str = one_of("hierarchical", ("hierarchical", "flat"))
     projection: str = one_of("column", ("column", "block"))
     residual: str = one_of("sharded", ("sharded", "replicated"))
-
-    @property
-    def name(self) -> str:
-        """`helix_{m}x{n}`, or `single`."""
-        return self.method if self.method == "single" else f"{self.method}_{self.m}x{self.n}"
+    microbatches: int = at_least(1, 4)
 
     @property
     def ranks(self) -> int:
@@ -137,16 +137,27 @@ class LoggerConfig:
 
 @dataclass
 class InferConfig:
-    """Everything that `infer.py` is told."""
+    """Everything that `infer.py` is told.
+
+    `baseline` are methods, by name, that take turns with the main one; `profile` writes a trace of every rank.
+    """
 
     parallel: ParallelConfig = MISSING
     model: ModelConfig = MISSING
     hardware: HardwareConfig = MISSING
     workload: WorkloadConfig = MISSING
     logger: LoggerConfig = MISSING
+    baseline: list[str] = field(default_factory=list)
     precision: str = one_of("32-true", tuple(ITEMSIZE))
+    profile: bool = False
     seed: int = at_least(0, 0)
     device: str = one_of("auto", ("auto", "cpu", "cuda"))
+
+
+def digest(settings: InferConfig) -> str:
+    """Twelve hexadecimal digits that two jobs share if they measure the same; where the results go is left out."""
+    what = {key: value for key, value in asdict(settings).items() if key != "logger"}
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def register() -> None:
@@ -200,6 +211,7 @@ __all__ = [
     "PartitionError",
     "WorkloadConfig",
     "at_least",
+    "digest",
     "expert_parallel",
     "one_of",
     "register",

@@ -21,7 +21,8 @@ from lightning.pytorch import Trainer
 
 from helix.comm.launch import launch
 from helix.config.environment import resolve_device, started
-from helix.config.schema import ITEMSIZE, InferConfig, expert_parallel, to_grid, to_shape
+from helix.config.methods import to_name
+from helix.config.schema import ITEMSIZE, InferConfig, digest, expert_parallel, to_grid, to_shape
 from helix.parallel.strategy import HelixStrategy
 from helix.partition.cost import cheapest_schedule
 from helix.partition.options import AttentionOptions
@@ -171,7 +172,7 @@ def _report(
     return Report(
         started_at=began,
         method=Method(
-            parallel.name, parallel.m, parallel.n, Schedules(options.schedule), parallel.data, parallel.stage
+            to_name(parallel), parallel.m, parallel.n, Schedules(options.schedule), parallel.data, parallel.stage
         ),
         world_size=len(everyone),
         model=asdict(settings.model),
@@ -191,6 +192,7 @@ def _report(
         comm_bytes_per_rank_per_step=Traffic(worst.executed, worst.predicted),
         accuracy=Accuracy(check.reference, check.relative_error, check.relative_error_to_h_heads),
         wandb=tracked,
+        settings=digest(settings),
     )
 
 

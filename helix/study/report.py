@@ -135,6 +135,7 @@ class Report:
         comm_ms_per_token: time in collectives a token (the papers' "TPOT").
         ttft_ms, tpot_ms: generation only: time to the first token, and time per output token.
         baselines: the same keys for each method measured beside this one, with "paired".
+        settings: `helix.config.schema.digest` of the configuration.
     """
 
     started_at: str
@@ -154,6 +155,7 @@ class Report:
     ttft_ms: Summary | None = None
     tpot_ms: Summary | None = None
     baselines: list[dict[str, Any]] = field(default_factory=list)
+    settings: str | None = None
     wandb: Tracked | None = None
     versions: dict[str, str] = field(default_factory=versions)
     command: str = field(default_factory=command)

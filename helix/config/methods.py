@@ -1,0 +1,66 @@
+"""The names of methods: helix_4x4, tp8_pp2, dp16 and the others, as `parallel=` and `baseline=[..]` take them.
+
+A name says everything that decides how a model is laid over ranks, so that a report, a table and a command line
+mean the same by it.
+"""
+
+from __future__ import annotations
+
+import re
+
+from helix.config.schema import ConfigError, ParallelConfig
+from helix.partition.schedules import SCHEDULES
+
+# By `ParallelConfig.method`. n of a peer is the number of ranks that share one replica and stage.
+_FORMS = {
+    "helix": rf"helix_(?P<m>\d+)x(?P<n>\d+)(_(?P<schedule>{'|'.join(SCHEDULES)}))?",
+    "single": "single",
+    "data": r"dp(?P<data>\d+)",
+    "tensor": r"tp(?P<n>\d+)(?P<sharded>_sp)?(_pp(?P<stage>\d+))?(_dp(?P<data>\d+))?",
+    "context": r"cp(?P<n>\d+)",
+    "ulysses": r"ulysses(?P<n>\d+)",
+    "autotp": r"autotp(?P<n>\d+)",
+    "transformers": r"hf_tp(?P<n>\d+)",
+}
+LEGAL = "single, dp16, tp16, tp16_sp, tp8_pp2, tp4_dp4, cp16, ulysses16, autotp16, hf_tp16, helix_2x8, helix_2x8_rows"
+
+
+def from_name(name: str) -> ParallelConfig:
+    """The layout that a method's name means.
+
+    Raises:
+        ConfigError: if it is none.
+    """
+    for method, form in _FORMS.items():
+        if match := re.fullmatch(form, name):
+            given = {key: value for key, value in match.groupdict().items() if value is not None}
+            sizes = {key: int(value) for key, value in given.items() if value.isdecimal()}
+            if 0 in sizes.values():
+                break
+            layout = ParallelConfig(method=method, **({"m": 1, "n": 1} | sizes))
+            layout.schedule = given.get("schedule", "auto")
+            if method == "tensor":
+                layout.residual = "sharded" if "sharded" in given else "replicated"
+            return layout
+    raise ConfigError(f"there is no method {name!r}; methods are named like {LEGAL} (any sizes)")
+
+
+def to_name(layout: ParallelConfig) -> str:
+    """The method's name; `from_name` reads it. A schedule is part of it where it was asked for."""
+    name = {
+        "helix": f"helix_{layout.m}x{layout.n}",
+        "single": "single",
+        "data": f"dp{layout.data}",
+        "tensor": f"tp{layout.n}" + ("_sp" if layout.residual == "sharded" else ""),
+        "context": f"cp{layout.n}",
+        "ulysses": f"ulysses{layout.n}",
+        "autotp": f"autotp{layout.n}",
+        "transformers": f"hf_tp{layout.n}",
+    }[layout.method]
+    if layout.method == "helix" and layout.schedule != "auto":
+        name += f"_{layout.schedule}"
+    if layout.stage > 1:
+        name += f"_pp{layout.stage}"
+    if layout.data > 1 and layout.method == "tensor":
+        name += f"_dp{layout.data}"
+    return name
