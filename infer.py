@@ -5,13 +5,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from helix.config.cli import command, stop
 from helix.config.schema import InferConfig
+from helix.config.sweep import SweepJob
 
 
-@command("infer", conf=Path(__file__).resolve().parent / "conf")
+def collect(folder: Path, jobs: Sequence[SweepJob]) -> None:
+    """A sweep's end: one table of all its jobs, and its plots."""
+    from helix.study.sweep import collect
+
+    collect(folder, jobs)
+
+
+def agree(words: list[str]) -> list[str]:
+    """Rank 0's words, on every rank that a launcher started."""
+    from helix.study.sweep import agree
+
+    return agree(words)
+
+
+@command("infer", conf=Path(__file__).resolve().parent / "conf", collect=collect, agree=agree)
 def main(settings: InferConfig, run_dir: Path) -> None:
     """Run what was configured; torch is imported from here on, when nothing is wrong any more."""
     from helix.comm.launch import RankError

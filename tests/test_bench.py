@@ -10,8 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
-from helix.study.alternate import Comparison, step_ms
+from helix.partition.grid import Grid
+from helix.study import bench as bench_module
+from helix.study.alternate import Comparison, Rounds, step_ms
+from helix.study.bench import HIERARCHY_CLAIMS, ConcatCase, ConcatComparison, bench_concat
 
 
 def bench(*options: str, timeout_s: float = 90) -> subprocess.CompletedProcess[str]:
@@ -44,13 +48,45 @@ def test_attention_bench_measures_every_legal_schedule(layer: bool, tmp_path: Pa
     assert all(ratio["ci95"][0] <= ratio["ratio"] <= ratio["ci95"][1] for ratio in ratios.values())
 
 
-def test_model_bench_agrees_with_its_peers(tmp_path: Path) -> None:
-    """And leaves out the schedules' baseline: its baselines are the peers."""
-    options = [*TINY, "--width", "16", "--mlp", "24", "--layers", "1", "--rounds", "2", "--warmup", "1"]
-    found = figures(tmp_path / "out.json", "model", *options, "--peers", "plain", "sequence", "helix")
-    assert list(found["step_ms"]) == ["Helix 2x1", "TP2 plain", "TP2 sequence", "Helix 1x2"]
-    assert list(found["speed_ratio"]) == ["TP2 plain", "TP2 sequence", "Helix 1x2"]
-    assert max(found["relative_error"].values()) < 1e-5
+def test_concat_bench_counts_the_same_bytes_for_both(tmp_path: Path) -> None:
+    """Two slices by two groups: 3/4 of the output, whose first quarter is the rank's own, leave each rank."""
+    options = ["--m", "2", "--n", "2", "--heads", "2", "--head-dim", "8", "--batch", "2", "--length", "8"]
+    found = figures(tmp_path / "out.json", "concat", *options, "--rounds", "2", "--warmup", "1")
+    output = 2 * 8 * 2 * 8 * 4
+    assert found["output_bytes"] == output
+    assert found["executed_bytes_per_rank_per_step"] == {
+        "hierarchical": {
+            "all_gather/attention.concat_slices": output // 4,
+            "all_gather/attention.concat_heads": output // 2,
+        },
+        "flat": {"all_gather/attention.concat": output * 3 // 4},
+    }
+    assert found["relative_error"] == {"hierarchical": 0, "flat": 0}
+    assert all(len(times["runs"]) == 2 and min(times["runs"]) > 0 for times in found["step_ms"].values())
+    assert set(found["speed_ratio"]["flat"]) == {"hierarchical"}
+
+
+def test_the_papers_claims_stand_beside_the_bytes() -> None:
+    case = ConcatCase(2, 8, Grid(2, 2), 2, 8)
+    bytes_moved = {"hierarchical": {"g/a.concat_slices": 256, "g/a.concat_heads": 512}, "flat": {"g/a.concat": 768}}
+    times = {"hierarchical": [2.0, 4.0], "flat": [1.0, 2.0]}
+    errors = {"hierarchical": 0.0, "flat": 0.0}
+    comparison = ConcatComparison("title", 16, times, errors, ("flat",), case, bytes_moved)
+    console = Console(width=200)
+    with console.capture() as shown:
+        console.print(comparison.table())
+    text = " ".join(shown.get().split())  # a caption is broken into lines as wide as its table
+    assert "hierarchical 768 bytes, 0.75 of it (concat_slices 256, concat_heads 512)" in text
+    for claim in HIERARCHY_CLAIMS:
+        assert f'"{claim.sentence}" ({claim.paper}; {claim.section})' in text
+
+
+@pytest.mark.parametrize("broken", ["concat_hierarchical", "concat_flat"])
+def test_concat_bench_refuses_what_is_not_the_whole(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = getattr(bench_module, broken)
+    monkeypatch.setattr(bench_module, broken, lambda *args: right(*args).flip(1))  # heads in the wrong order
+    with pytest.raises(RuntimeError, match="is not the whole output"):
+        bench_concat(ConcatCase(2, 8, Grid(2, 2), 2, 8), Rounds(2, 1))
 
 
 @pytest.mark.parametrize(
@@ -66,10 +102,13 @@ def test_model_bench_agrees_with_its_peers(tmp_path: Path) -> None:
         (["attention", "--rounds", "1"], "--rounds of at least 2"),
         (["attention", "--json", "no/such/folder/out.json"], "there is no folder"),
         (["attention", "--bach", "2"], "--bach"),
-        (["model", "--kv-heads", "4"], "whole heads"),
-        (["model", "--length", "100"], "--length divisible by 16"),
-        (["model", "--schedule", "perslice"], "invalid choice: 'perslice'"),
-        (["model", "--width", "100"], "does not divide --width 100"),
+        (["concat", "--m", "3"], "m=3 does not divide head_dim=64"),
+        (["concat", "--heads", "6"], "n=4 does not divide heads=6"),
+        (["concat", "--m", "1", "--n", "16"], "--m and --n must be at least 2 each, not 1 and 16"),
+        (["concat", "--ranks", "8"], "--ranks 8 is not m*n = 4*4 = 16"),
+        (["concat", "--rounds", "1"], "--rounds of at least 2"),
+        (["concat", "--kv-heads", "4"], "--kv-heads"),
+        (["model"], "invalid choice: 'model'"),
         (["speed"], "invalid choice: 'speed'"),
         ([], "required"),
     ],
@@ -111,11 +150,3 @@ def test_an_exact_schedule_is_as_fast_as_the_papers_formula(batch: int, length: 
     sizes += ["batch"] if batch > 1 else []
     found = figures(tmp_path / "out.json", "attention", *sizes, timeout_s=300)
     assert max(ratio["ratio"] for ratio in found["speed_ratio"]["perslice"].values()) >= 1.0
-
-
-@pytest.mark.benchmark
-@pytest.mark.timeout(400)
-def test_the_model_is_a_fifth_faster_than_tensor_parallelism(tmp_path: Path) -> None:
-    found = figures(tmp_path / "out.json", "model", timeout_s=300)
-    for peer, ratios in found["speed_ratio"].items():
-        assert ratios["Helix 4x4"]["ratio"] >= 1.2, peer

@@ -199,6 +199,12 @@ def check_listeners() -> None:
     assert dict(outer.calls) == {"all_reduce/a": 2, "all_gather/b": 1, "all_gather/c": 1}
     assert dict(inner.calls) == {"all_reduce/a": 1, "all_gather/b": 1}
     assert outer.bytes["all_reduce/a"] == 2 * inner.bytes["all_reduce/a"] == 2 * wire.all_reduce(4, 2, 4)
+    assert [span.key for span in outer.spans] == ["all_reduce/a", "all_reduce/a", "all_gather/b", "all_gather/c"]
+    assert outer.spans[1:3] == inner.spans
+    for earlier, later in zip(outer.spans, outer.spans[1:], strict=False):
+        assert earlier.ranks == (0, 1)
+        assert earlier.start_s == earlier.blocked_s < earlier.end_s <= later.start_s
+    assert inner.seconds == {span.key: span.end_s - span.start_s for span in inner.spans}
     with pytest.raises(KeyError), record():
         raise KeyError
     assert recording._listeners == []
@@ -206,6 +212,19 @@ def check_listeners() -> None:
 
 def test_listeners_nest_and_leave() -> None:
     on_ranks(2, check_listeners)
+
+
+def check_groups() -> list[tuple[int, ...]]:
+    mesh = Mesh(Grid(m=2, n=2))
+    with record() as log:
+        for axis in (mesh.head, mesh.slice, mesh.model):
+            transport.all_reduce(torch.ones(1), axis, axis.name)
+    return [span.ranks for span in log.spans]
+
+
+def test_a_span_names_the_ranks_of_its_group() -> None:
+    for rank, spans in enumerate(on_ranks(4, check_groups)):
+        assert spans == [(rank % 2, 2 + rank % 2), (rank // 2 * 2, rank // 2 * 2 + 1), (0, 1, 2, 3)]
 
 
 def check_axes() -> tuple[tuple[int, ...], list[float]]:

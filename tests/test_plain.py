@@ -15,9 +15,10 @@ from helix.comm.mesh import Mesh
 from helix.comm.parameters import whole
 from helix.models.plain import PlainTransformer
 from helix.models.reference import Reference
-from helix.parallel.tensor_parallel import check_tensor_parallel, tensor_parallel
+from helix.parallel.methods.tensor import tensor_parallel
 from helix.partition.grid import Grid, PartitionError
 from helix.partition.options import AttentionOptions
+from helix.partition.rivals import check_tensor
 from helix.partition.shape import TransformerShape
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32}
@@ -89,9 +90,18 @@ def test_equals_the_reference_on_any_number_of_ranks(ranks: int, sequence: bool,
 def test_tensor_parallelism_has_no_answer_to_few_kv_heads() -> None:
     """Where Helix has one: m."""
     with pytest.raises(PartitionError, match="kv_heads is 1"):
-        check_tensor_parallel(replace(SHAPE, kv_heads=1), 2)
+        check_tensor(replace(SHAPE, kv_heads=1), 2)
 
 
-def test_plain_model_has_no_experts() -> None:
-    with pytest.raises(PartitionError, match="4 experts"):
-        PlainTransformer(replace(SHAPE, experts=4))
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_experts_equal_the_reference(top_k: int) -> None:
+    shape = replace(SHAPE, experts=4, top_k=top_k)
+    reference, plain = (
+        Reference(shape, Grid(1, 1), AttentionOptions(), dtype=torch.float64),
+        PlainTransformer(shape, torch.float64),
+    )
+    tokens = torch.randint(0, shape.vocab, (BATCH, LENGTH), generator=torch.Generator().manual_seed(SEED))
+    for model in (reference, plain):
+        model.init_weights(SEED)
+    with torch.no_grad():
+        assert relative(plain(tokens).flatten(0, 1), reference(tokens)) <= BOUND["fp64"]

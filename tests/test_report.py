@@ -77,7 +77,7 @@ def test_json_has_the_contracts_keys() -> None:
     contract |= {"tokens_per_s", "comm_ms_per_token", "step_ms", "ttft_ms", "tpot_ms", "memory_bytes_per_rank"}
     contract |= {"comm_bytes_per_rank_per_step", "accuracy", "baselines", "wandb"}
     assert contract <= content.keys()
-    assert content["tokens_per_s"].keys() == {"runs", "mean", "sd", "ci95", "cv"}
+    assert content["tokens_per_s"].keys() == {"runs", "mean", "sd", "ci95", "cv", "bootstrap95"}
     assert len(content["tokens_per_s"]["ci95"]) == 2
     assert content["memory_bytes_per_rank"].keys() == {"weights", "kv_cache", "activations_peak", "peak", "predicted"}
     assert content["comm_bytes_per_rank_per_step"].keys() == {"executed", "predicted"}

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
 from helix.attention.oracle import ROPE_BASE
+from helix.comm.record import phase
 
 
 def unpack(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -27,6 +28,11 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     Returns:
         [B, T, H, D or D/m].
     """
+    with phase("attention.core"):
+        return _fused_attention(q, k, v, causal)
+
+
+def _fused_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     if q.numel() == 0:
         # A rank that was dealt no sample or row; the sum ties it to the graph, so that its backward still
         # takes part in the collectives.

@@ -20,6 +20,7 @@ from helix.attention.schedules import ATTEND
 from helix.comm import collectives
 from helix.comm.mesh import SINGLE, Mesh
 from helix.comm.parameters import empty_parameter, fill, fill_normal, local
+from helix.comm.record import phase
 from helix.comm.stream import Replicated, Stream
 from helix.partition.cost import cheapest_schedule
 from helix.partition.grid import Grid, HeadLayout, PartitionError
@@ -130,9 +131,12 @@ class HelixAttention(nn.Module):
             return self.forward(x.flatten(0, 1), (x.shape[0], x.shape[1])).view(x.shape)
         schedule = self.schedule_for(*shape)
         x = self.stream.enter(x, shape[0] * shape[1], "attention")
-        qkv = self._project_in(x, shape, exact=schedule != "perslice")
-        o = ATTEND[schedule](qkv, self.layout.heads // self.grid.n, self.slices, self.causal)
-        return self._project_out(o)
+        with phase("attention.project_in"):
+            qkv = self._project_in(x, shape, exact=schedule != "perslice")
+        with phase("attention.schedule"):
+            o = ATTEND[schedule](qkv, self.layout.heads // self.grid.n, self.slices, self.causal)
+        with phase("attention.project_out"):
+            return self._project_out(o)
 
     def schedule_for(self, batch: int, length: int) -> str:
         """The schedule that runs this batch and length.

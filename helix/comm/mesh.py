@@ -72,6 +72,10 @@ class Mesh:
         return axis_of(self.device_mesh["data"], "data")
 
     @cached_property
+    def stage(self) -> Axis:
+        return axis_of(self.device_mesh["stage"], "stage")
+
+    @cached_property
     def head(self) -> Axis:
         return axis_of(self.device_mesh["head"], "head")
 

@@ -1,20 +1,99 @@
-"""Counting what the collectives move, for whoever listens.
+"""Counting what the collectives move and how long they take, for whoever listens; naming them in a profile.
 
     with record() as log:
         model(x)
-    log.bytes["all_to_all/attention.qkv"], log.seconds["all_to_all/attention.qkv"]
+    log.bytes["all_to_all/attention.qkv"], log.seconds["all_to_all/attention.qkv"], log.spans
 
-Nobody listening costs one truth test of an empty list per collective.
+Nobody listening and no profiler running costs two truth tests per collective and one per phase.
 """
 
 from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
+from torch.autograd import profiler
+
+
+class Span(NamedTuple):
+    """One collective as one of its ranks saw it; times are seconds of this machine's monotonic clock.
+
+    Args:
+        key: "collective/name".
+        ranks: global ranks of its group; of a point-to-point transfer (source, destination).
+        start_s: when this rank came to it.
+        end_s: when it was complete here.
+        blocked_s: from when until end_s this rank did nothing else. start_s, but for transfers that run in the
+            background until the rank waits for them.
+    """
+
+    key: str
+    ranks: tuple[int, ...]
+    start_s: float
+    end_s: float
+    blocked_s: float
+
+
+class Call:
+    """One collective of this rank, from the moment that the rank comes to it."""
+
+    def __init__(self, key: str, ranks: tuple[int, ...], device: torch.device) -> None:
+        self.key, self.ranks = key, ranks
+        self._cuda = device.type == "cuda"
+        self.start = self.blocked = self.end = self._now()
+
+    def block(self) -> None:
+        """From now on the rank only waits for it."""
+        self.blocked = self._now()
+
+    def finish(self) -> None:
+        self.end = self._now()
+
+    def _now(self) -> float | torch.cuda.Event:
+        """On CUDA what counts is when the stream gets here, which is known only later."""
+        if not self._cuda:
+            return time.monotonic()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def settle(self, clock: _StreamClock) -> None:
+        """Replace events by the times at which the stream reached them."""
+        if self._cuda:
+            self.start, self.blocked, self.end = (clock.time(mark) for mark in (self.start, self.blocked, self.end))
+            self._cuda = False
+
+    def span(self) -> Span:
+        start, blocked, end = self.start, self.blocked, self.end
+        assert isinstance(start, float)
+        assert isinstance(blocked, float)
+        assert isinstance(end, float)
+        # A call that was never waited for blocked nobody: its end is its start.
+        return Span(self.key, self.ranks, start, end, min(blocked, end))
+
+
+class _StreamClock:
+    """The monotonic time of CUDA events, by an event of now whose time the host knows."""
+
+    def __init__(self) -> None:
+        self._base: torch.cuda.Event | None = None
+        self._base_s = 0.0
+
+    def time(self, mark: float | torch.cuda.Event) -> float:
+        if isinstance(mark, float):
+            return mark
+        if self._base is None:
+            self._base = torch.cuda.Event(enable_timing=True)
+            self._base.record()
+            self._base.synchronize()
+            self._base_s = time.monotonic()
+        mark.synchronize()  # it may be on another stream
+        return self._base_s - mark.elapsed_time(self._base) / 1e3
 
 
 class Log:
@@ -28,39 +107,36 @@ class Log:
     def __init__(self) -> None:
         self.bytes: dict[str, int] = defaultdict(int)
         self.calls: dict[str, int] = defaultdict(int)
-        self._seconds: dict[str, float] = defaultdict(float)
-        self._pending: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self._calls: list[Call] = []
 
     @property
     def seconds(self) -> dict[str, float]:
         """Seconds this rank spent inside each collective, waiting for the others included."""
-        for key, start, end in self._pending:
-            end.synchronize()
-            self._seconds[key] += start.elapsed_time(end) / 1e3
-        self._pending.clear()
-        return self._seconds
+        out: dict[str, float] = defaultdict(float)
+        for span in self.spans:
+            out[span.key] += span.end_s - span.blocked_s
+        return out
 
-    def add(self, key: str, nbytes: int, seconds: float = 0.0, calls: int = 1) -> None:
-        self.bytes[key] += nbytes
-        self.calls[key] += calls
-        self._seconds[key] += seconds
+    @property
+    def spans(self) -> list[Span]:
+        """Every collective, in the order in which this rank came to them. On CUDA this waits for the stream."""
+        clock = _StreamClock()
+        for call in self._calls:
+            call.settle(clock)
+        return [call.span() for call in self._calls]
 
-    def add_pending(self, key: str, start: torch.cuda.Event, end: torch.cuda.Event) -> None:
-        """On CUDA a collective's time is known only once its stream has reached the end event."""
-        self._pending.append((key, start, end))
+    def add(self, call: Call, nbytes: int) -> None:
+        self.bytes[call.key] += nbytes
+        self.calls[call.key] += 1
+        self._calls.append(call)
 
 
 _listeners: list[Log] = []
+_telling = False
 
 
 def listening() -> bool:
     return bool(_listeners)
-
-
-def tell(key: str, nbytes: int, seconds: float, calls: int = 1) -> None:
-    """Tell the listeners of collectives that another library ran."""
-    for log in _listeners:
-        log.add(key, nbytes, seconds, calls)
 
 
 @contextmanager
@@ -74,22 +150,46 @@ def record() -> Iterator[Log]:
         _listeners.remove(log)
 
 
-def counted(key: str, nbytes: int, device: torch.device, run: Callable[[], torch.Tensor]) -> torch.Tensor:
-    """Run one collective and tell the listeners, if there are any."""
-    if not _listeners:
-        return run()
-    if device.type == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        out = run()
-        end.record()
-        for log in _listeners:
-            log.add(key, nbytes)
-            log.add_pending(key, start, end)
-        return out
-    begin = time.perf_counter()
-    out = run()
-    elapsed = time.perf_counter() - begin
+def being_told() -> bool:
+    """Whether what runs now is inside a collective that the listeners hear of already."""
+    return _telling
+
+
+@contextmanager
+def telling(key: str, nbytes: int, ranks: Sequence[int], device: torch.device) -> Iterator[Call]:
+    """Tell the listeners of the collective that the body starts.
+
+    The body may call `finish` itself, when it has waited for the collective, or leave that for later.
+    """
+    global _telling
+    call = Call(key, tuple(ranks), device)
     for log in _listeners:
-        log.add(key, nbytes, elapsed)
+        log.add(call, nbytes)
+    outer, _telling = _telling, True
+    try:
+        yield call
+    finally:
+        _telling = outer
+
+
+def counted(
+    key: str, nbytes: int, device: torch.device, group: dist.ProcessGroup | None, run: Callable[[], torch.Tensor]
+) -> torch.Tensor:
+    """Run one collective of `group`; tell the listeners and the profiler, if there are any."""
+    if not _listeners:
+        with phase(key):
+            return run()
+    ranks = dist.get_process_group_ranks(group)
+    with telling(key, nbytes, ranks, device) as call, phase(key):
+        out = run()
+        call.finish()
     return out
+
+
+_UNNAMED: AbstractContextManager[None] = nullcontext()
+
+
+def phase(name: str) -> AbstractContextManager[object]:
+    """Name what the body computes in a profile (`helix.study.profile`), if one is being taken."""
+    # PyTorch's own flag for this question; its public record_function costs microseconds also when nobody asks.
+    return profiler.record_function(name) if profiler._is_profiler_enabled else _UNNAMED

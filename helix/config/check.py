@@ -12,19 +12,26 @@ from urllib.parse import urlparse
 
 from helix.config import environment
 from helix.config.memory import check_memory
+from helix.config.methods import from_name, to_name
 from helix.config.schema import (
     ConfigError,
     InferConfig,
     LoggerConfig,
+    Misfit,
     ModelConfig,
     ParallelConfig,
     WorkloadConfig,
+    expert_ranks,
     to_grid,
     to_shape,
 )
+from helix.partition import rivals
 from helix.partition.grid import PartitionError, divisors, legal_grids
 from helix.partition.schedules import check_schedule
 from helix.partition.shape import check_ends, check_expert_parallel
+
+_SIZES = {"m": "feature slices", "n": "head groups", "data": "data replicas", "stage": "pipeline stages"}
+_INSTEAD = {"m": "helix", "n": "helix", "data": "dp16 or helix", "stage": "tp8_pp2"}
 
 
 def check(settings: InferConfig) -> None:
@@ -35,7 +42,8 @@ def check(settings: InferConfig) -> None:
         PartitionError: if values do not fit together. Both are one sentence with the legal choices.
     """
     check_values(settings)
-    check_method(settings.parallel)
+    check_method(settings)
+    check_baselines(settings)
     check_model(settings.model, settings.parallel)
     check_workload(settings.workload, settings.parallel)
     check_layer(settings)
@@ -68,19 +76,39 @@ def suggest(word: str, legal: list[str] | tuple[str, ...]) -> str:
     return f" (did you mean {near[0]}?)" if near else ""
 
 
-def check_method(parallel: ParallelConfig) -> None:
-    """Check the sizes that only some methods have."""
-    if parallel.method == "single":
-        for name in ("m", "n", "data"):
-            if getattr(parallel, name) != 1:
-                raise ConfigError(
-                    f"parallel.method=single is one process, so parallel.{name} must be 1, not "
-                    f"{getattr(parallel, name)}; for more ranks take parallel=helix"
-                )
-    if parallel.stage != 1:
-        raise ConfigError(
-            f"parallel.stage must be 1, not {parallel.stage}: method {parallel.method} has no pipeline stages"
-        )
+def check_method(settings: InferConfig) -> None:
+    """Check the main method: the sizes that only some methods have, and what its way to cut a model needs."""
+    parallel, shape, work = settings.parallel, to_shape(settings.model), settings.workload
+    fixed = {"single": ("m", "n", "data", "stage"), "data": ("m", "n", "stage"), "helix": ("stage",)}
+    for name in fixed.get(parallel.method, ("m",)):
+        if getattr(parallel, name) != 1:
+            raise ConfigError(
+                f"parallel.method={parallel.method} has no {_SIZES[name]}, so parallel.{name} must be 1, not "
+                f"{getattr(parallel, name)}; take parallel={_INSTEAD[name]}"
+            )
+    if parallel.method == "tensor":
+        rivals.check_tensor(shape, parallel.n, work.seq_len if parallel.residual == "sharded" else None)
+        if parallel.stage > 1:
+            batch = work.batch_size // parallel.data
+            rivals.check_pipeline(shape, parallel.stage, batch, parallel.microbatches)
+
+
+def check_baselines(settings: InferConfig) -> None:
+    """Check that each baseline is a method of this job's ranks, named once.
+
+    What its way to cut a model needs is not checked: where it cannot run, its own words are its result.
+    """
+    names, ranks = [to_name(settings.parallel)], settings.parallel.ranks
+    for name in settings.baseline:
+        layout = from_name(name)
+        if layout.method != "single" and layout.ranks != ranks:
+            raise ConfigError(
+                f"baseline={name} has {layout.ranks} ranks, and it shares the {ranks} of {names[0]}; "
+                "choose sizes of that product"
+            )
+        if to_name(layout) in names:
+            raise ConfigError(f"baseline={name} is there already; name each method once")
+        names.append(to_name(layout))
 
 
 def check_model(model: ModelConfig, parallel: ParallelConfig) -> None:
@@ -96,14 +124,14 @@ def check_model(model: ModelConfig, parallel: ParallelConfig) -> None:
         raise ConfigError("model.kind=moe needs model.experts of at least 1, not 0; take model=dense for an MLP")
     to_shape(model)  # its own rules
     if model.ep_size is not None:
-        check_expert_parallel(model.experts, model.ep_size, to_grid(parallel).ranks)
+        check_expert_parallel(model.experts, model.ep_size, expert_ranks(parallel))
 
 
 def check_workload(workload: WorkloadConfig, parallel: ParallelConfig) -> None:
     """Check that the batch can be dealt to the data replicas, and that there is a text to read."""
     batch, data = workload.batch_size, parallel.data
-    if batch % data:
-        raise ConfigError(
+    if batch % data and parallel.method != "data":  # whose replicas may differ by a sample
+        raise Misfit(
             f"parallel.data={data} does not divide workload.batch_size={batch}; legal parallel.data: {divisors(batch)}"
         )
     if workload.text is not None:
@@ -128,6 +156,8 @@ def _check_text(path: Path, seq_len: int) -> None:
 def check_layer(settings: InferConfig) -> None:
     """Check the grid against the heads, the layer's ends against the width, the schedule against both."""
     parallel, workload = settings.parallel, settings.workload
+    if parallel.method != "helix":
+        return
     shape, grid = to_shape(settings.model), to_grid(parallel)
     try:
         grid.check(shape.heads, shape.kv_heads, shape.head_dim, shape.rope)
@@ -169,6 +199,11 @@ def check_started(ranks: int) -> int:
     """Check the configured ranks against those that are running, and return how many this host has."""
     launcher = environment.started()
     if launcher is None:
+        if ranks > (most := environment.most_ranks()):
+            raise Misfit(
+                f"parallel.m * n * data * stage is {ranks} ranks, and this machine takes {most} (8 on each of its "
+                "cores, or 16); choose fewer, or set HELIX_MAX_RANKS to try"
+            )
         return ranks
     if launcher.ranks != ranks:
         raise ConfigError(

@@ -1,8 +1,8 @@
 """Commands: composing their configuration, refusing what cannot run, and the ways in which they end.
 
 Every job of a command line is composed and checked before Hydra is given the first one, since Hydra makes a
-job's folder before it calls the job: a refused command leaves nothing behind, and a sweep with an illegal
-combination starts none of its jobs.
+job's folder before it calls the job: a refused command leaves nothing behind. In a sweep a combination that
+does not fit (`PartitionError`, `Misfit`) is passed over with its reason; any other error refuses all of it.
 
 Exit codes: 0 done, 1 failed while running, 2 wrong input, 130 interrupted.
 """
@@ -10,12 +10,10 @@ Exit codes: 0 done, 1 failed while running, 2 wrong input, 130 interrupted.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-import hydra
 import yaml  # type: ignore[import-untyped]
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
@@ -24,32 +22,33 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from helix.config import environment
-from helix.config.check import check
-from helix.config.compose import VERSION_BASE, check_folder, compose_jobs, prepare, typed
+from helix.config.compose import Composed, compose_jobs, prepare
 from helix.config.explain import FORM, explain
+from helix.config.job import Agree, Collect, Command, Task, hand_to_hydra, settle, stop
+from helix.config.multirun import run_sweep
 from helix.config.schema import ConfigError, InferConfig, PartitionError
 
-Task = Callable[[InferConfig, Path], None]
 # What composing can raise. Configs are data, so none of these is a fault of the program; ValueError and OSError
 # are Hydra's own for an override that is no text and for a file that it cannot read.
 REFUSALS = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, OSError)
 
 
-def command(name: str, conf: Path) -> Callable[[Task], Callable[[], None]]:
-    """Turn `task(settings, run_dir)` into a command with Hydra's command line.
+def command(
+    name: str,
+    conf: Path,
+    collect: Collect | None = None,
+    agree: Agree | None = None,
+) -> Callable[[Task], Callable[[], None]]:
+    """Turn `task(settings, run_dir)` into a command with Hydra's command line; see `Command` for the arguments.
 
     Of the ranks that torchrun or SLURM started only rank 0 has a folder: the others are told the path that
     theirs would have had, which is not made.
-
-    Args:
-        name: of the primary config, and of the job.
-        conf: absolute path of the folder that holds it.
     """
 
     def decorate(task: Task) -> Callable[[], None]:
         def main() -> None:
             try:
-                _main(name, conf, task)
+                _main(Command(name, conf, task, collect, agree))
             except KeyboardInterrupt:
                 stop("interrupted", code=130)
 
@@ -58,31 +57,27 @@ def command(name: str, conf: Path) -> Callable[[Task], Callable[[], None]]:
     return decorate
 
 
-def stop(reason: str, code: int) -> NoReturn:
-    """End the command with one sentence on stderr, which one rank says for all."""
-    if environment.speaks():
-        print(f"{Path(sys.argv[0]).name}: error: {' '.join(reason.split())}", file=sys.stderr)
-    raise SystemExit(code)
-
-
-def _main(name: str, conf: Path, task: Task) -> None:
-    prepare()
+def _main(this: Command) -> None:
     args = _arguments()
-    jobs = [] if _is_about_hydra(args) else _compose(name, conf, args)
-    if _runs(args):
-        settings = _check(jobs, conf, folder="hydra.sweep.dir" if args.multirun else "hydra.run.dir")
-        if not environment.speaks():
-            for one, cfg in zip(settings, jobs, strict=True):
-                task(one, Path(cfg.hydra.run.dir).absolute())
-            return
+    prepare(args.overrides)
+    composed = Composed(None) if _is_about_hydra(args) else _compose(this, args)
+    if not _runs(args):
+        hand_to_hydra(this, lambda cfg: None)
+    elif composed.sweep is not None:
+        run_sweep(this, composed, composed.sweep)
+    else:
+        _run(this, *(composed.jobs or ()))
 
-    @hydra.main(version_base=VERSION_BASE, config_path=str(conf), config_name=name)
-    def job(cfg: DictConfig) -> None:
-        # Checked again, for the sweepers whose jobs were not known above.
-        (one,) = _check([cfg], conf)
-        task(one, Path(HydraConfig.get().runtime.output_dir))
 
-    job()
+def _run(this: Command, cfg: DictConfig) -> None:
+    """The command's one job."""
+    one, misfit = settle(cfg, this.conf, folder="hydra.run.dir")
+    if misfit is not None:
+        stop(misfit, code=2)
+    if not environment.speaks():
+        this.task(one, Path(cfg.hydra.run.dir).absolute())
+        return
+    hand_to_hydra(this, lambda _: this.task(one, Path(HydraConfig.get().runtime.output_dir)))
 
 
 def _arguments() -> argparse.Namespace:
@@ -112,28 +107,13 @@ def _runs(args: argparse.Namespace) -> bool:
     return not (args.help or args.cfg or args.info or _is_about_hydra(args))
 
 
-def _compose(name: str, conf: Path, args: argparse.Namespace) -> list[DictConfig]:
+def _compose(this: Command, args: argparse.Namespace) -> Composed:
     try:
-        return compose_jobs(name, conf, args)
+        return compose_jobs(this.name, this.conf, args)
     except (ConfigError, PartitionError) as error:
         stop(str(error), code=2)
     except REFUSALS as error:
-        stop(explain(error, InferConfig, conf, args.overrides), code=2)
+        stop(explain(error, InferConfig, this.conf, args.overrides), code=2)
 
 
-def _check(jobs: list[DictConfig], conf: Path, folder: str | None = None) -> list[InferConfig]:
-    """Each job's settings, all of which can run; `folder` is the key of one that is still to be made."""
-    settings = []
-    for number, cfg in enumerate(jobs):
-        try:
-            one = typed(cfg, conf)
-            check(one)
-            if folder is not None:
-                check_folder(cfg, folder)
-        except (ConfigError, PartitionError) as error:
-            which = f"job {number} ({' '.join(cfg.hydra.overrides.task)}): " if len(jobs) > 1 else ""
-            stop(which + str(error), code=2)
-        except OmegaConfBaseException as error:  # an interpolation that leads nowhere
-            stop(explain(error, InferConfig, conf, []), code=2)
-        settings.append(one)
-    return settings
+__all__ = ["command", "stop"]

@@ -4,34 +4,58 @@ from __future__ import annotations
 
 import argparse
 import os
-from dataclasses import fields
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, cast
 
+import yaml  # type: ignore[import-untyped]
 from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper, BasicSweeperConf
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
 
 from helix.config.explain import missing_value, unknown_key
 from helix.config.methods import to_name
 from helix.config.schema import ConfigError, InferConfig, ParallelConfig, register
+from helix.config.sweep import SweepJob, folder_name
 
 VERSION_BASE = "1.3"  # of Hydra's defaults; among them, that a job does not change the working directory
 
 
-def prepare() -> None:
-    """Make known to Hydra what conf/ refers to: the schemas, and the resolver that names run folders."""
+@dataclass(frozen=True)
+class Composed:
+    """What a command line asks for.
+
+    Args:
+        jobs: as Hydra will compose them, `hydra` node included; None for a sweep by another sweeper than Hydra's
+            own, which may choose the next job by the last.
+        sweep: the config of the sweep itself, with one of the values of what is swept; None if there is one job.
+    """
+
+    jobs: list[DictConfig] | None
+    sweep: DictConfig | None = None
+
+
+def prepare(overrides: Sequence[str] = ()) -> None:
+    """Make known to Hydra what conf/ refers to: the schemas, and the resolvers that name folders.
+
+    Args:
+        overrides: the command line's, after which a sweep's folder is named. A job's config holds its own alone,
+            and has to come to the same name.
+    """
     register()
     OmegaConf.register_new_resolver("helix_method", _method_name, replace=True)
+    name = folder_name(overrides)
+    OmegaConf.register_new_resolver("helix_sweep", lambda: name, replace=True)
 
 
-def compose_jobs(name: str, conf: Path, args: argparse.Namespace) -> list[DictConfig]:
-    """Every job of a command line as Hydra will compose it, `hydra` node included.
-
-    A sweep by another sweeper than Hydra's own has no jobs yet, since it may choose the next by the last.
+def compose_jobs(name: str, conf: Path, args: argparse.Namespace) -> Composed:
+    """Compose every job of a command line.
 
     Args:
         name: of the primary config.
@@ -54,22 +78,55 @@ def compose_jobs(name: str, conf: Path, args: argparse.Namespace) -> list[DictCo
     name = args.config_name or name
     with initialize_config_dir(str(args.config_path or conf), version_base=VERSION_BASE, job_name=name):
         hydra = cast(Any, GlobalHydra.instance().hydra)
-        if args.multirun or hydra.get_mode(name, overrides) == RunMode.MULTIRUN:
-            overrides_of_jobs = _sweep(hydra, name, overrides)
-        else:
-            overrides_of_jobs = [overrides]
-        return [compose(name, job, return_hydra_config=True) for job in overrides_of_jobs]
+        if not args.multirun and hydra.get_mode(name, overrides) != RunMode.MULTIRUN:
+            return Composed([compose(name, overrides, return_hydra_config=True)])
+        sweep = hydra.compose_config(config_name=name, overrides=overrides, run_mode=RunMode.MULTIRUN)
+        if sweep.hydra.sweeper._target_ != BasicSweeperConf._target_:
+            return Composed(None, sweep)
+        jobs = [compose(name, job, return_hydra_config=True) for job in _expand(hydra, sweep.hydra)]
+    for number, cfg in enumerate(jobs):
+        with open_dict(cfg):
+            cfg.hydra.job.num, cfg.hydra.job.id = number, str(number)  # as Hydra's own launcher does
+    return Composed(jobs, sweep)
 
 
-def _sweep(hydra: Any, name: str, overrides: list[str]) -> list[list[str]]:
+def _expand(hydra: Any, sweep: DictConfig) -> list[list[str]]:
     """The overrides of each job of a sweep, by Hydra's own expansion."""
-    sweep = hydra.compose_config(config_name=name, overrides=overrides, run_mode=RunMode.MULTIRUN).hydra
-    if sweep.sweeper._target_ != BasicSweeperConf._target_:
-        return []
     params = [f"{key}={value}" for key, value in (sweep.sweeper.params or {}).items()]
     parser = OverridesParser.create(config_loader=hydra.config_loader)
     parsed = parser.parse_overrides([*params, *sweep.overrides.task])
     return [[*sweep.overrides.hydra, *job] for job in BasicSweeper.split_arguments(parsed, None)[0]]
+
+
+def sweep_folder(cfg: DictConfig) -> Path:
+    """The folder of a sweep, by the config of the sweep or of one of its jobs."""
+    return Path(str(OmegaConf.select(cfg, "hydra.sweep.dir"))).absolute()
+
+
+def job_folder(cfg: DictConfig) -> Path:
+    """The folder that Hydra will give to a sweep's job."""
+    singleton = HydraConfig.instance()
+    before = singleton.cfg
+    singleton.set_config(cfg)  # a folder may be named by ${hydra:...}, which asks there
+    try:
+        return sweep_folder(cfg) / str(OmegaConf.select(cfg, "hydra.sweep.subdir"))
+    finally:
+        singleton.cfg = before
+
+
+def found_jobs(folder: Path) -> list[SweepJob]:
+    """The jobs that have a folder in a sweep's, for a sweep whose jobs nobody knew beforehand."""
+    jobs = []
+    for config in folder.rglob(".hydra/config.yaml"):
+        try:
+            settings = OmegaConf.merge(OmegaConf.structured(InferConfig), OmegaConf.load(config))
+            number = OmegaConf.load(config.with_name("hydra.yaml")).hydra.job.num
+            overrides = tuple(OmegaConf.load(config.with_name("overrides.yaml")))
+            one = cast(InferConfig, OmegaConf.to_object(settings))
+        except (OmegaConfBaseException, yaml.YAMLError, OSError, AttributeError):  # killed while Hydra wrote it
+            continue
+        jobs.append(SweepJob(number, overrides, one, config.parent.parent))
+    return sorted(jobs, key=lambda job: job.number)
 
 
 def typed(cfg: DictConfig, conf: Path) -> InferConfig:

@@ -61,6 +61,17 @@ def gpus() -> int:
     return min(present, len(named))
 
 
+def most_ranks() -> int:
+    """How many ranks are forked here at most: more wait for each other longer than they compute.
+
+    Raises:
+        ConfigError: if HELIX_MAX_RANKS, which overrules it, is not a number.
+    """
+    if "HELIX_MAX_RANKS" in os.environ:
+        return _number("HELIX_MAX_RANKS")
+    return max(16, 8 * len(os.sched_getaffinity(0)), gpus())
+
+
 def resolve_device(device: str, local_ranks: int) -> str:
     """`auto` as what it means here: CUDA if every rank of this host has a GPU of its own, else the CPU."""
     if device != "auto":

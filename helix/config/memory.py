@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from helix.config import environment
 from helix.config.schema import (
     ITEMSIZE,
-    ConfigError,
     InferConfig,
+    Misfit,
     ModelConfig,
     ParallelConfig,
     expert_parallel,
@@ -72,7 +72,7 @@ def check_memory(settings: InferConfig, local_ranks: int, device: str) -> None:
     """Check that this host, and each of its GPUs if the ranks compute there, can hold the job.
 
     Raises:
-        ConfigError: with the memory needed and the memory there is.
+        Misfit: with the memory needed and the memory there is.
     """
     need = estimate(settings, local_ranks)
     if device == "cuda":
@@ -92,7 +92,7 @@ def _compare(
     if total <= free:
         return
     parts = f"weights {_gb(weights)}, activations {_gb(activations)}, single-device reference {_gb(reference)}"
-    raise ConfigError(
+    raise Misfit(
         f"model={settings.model.name} with workload={settings.workload.name} needs about {_gb(total)} GB on {where} "
         f"({ranks} ranks: {parts}), and {_gb(free)} GB are available; take model=dense or model=moe, a smaller "
         "workload.batch_size or workload.seq_len, or precision=bf16-true"

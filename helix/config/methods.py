@@ -37,8 +37,9 @@ def from_name(name: str) -> ParallelConfig:
             sizes = {key: int(value) for key, value in given.items() if value.isdecimal()}
             if 0 in sizes.values():
                 break
-            layout = ParallelConfig(method=method, **({"m": 1, "n": 1} | sizes))
-            layout.schedule = given.get("schedule", "auto")
+            layout = ParallelConfig(method=method, m=1, n=1, schedule=given.get("schedule", "auto"))
+            for key, size in sizes.items():
+                setattr(layout, key, size)
             if method == "tensor":
                 layout.residual = "sharded" if "sharded" in given else "replicated"
             return layout

@@ -27,6 +27,10 @@ class ConfigError(ValueError):
     """A value that no run can have. One sentence, with the key, the value and the legal choices."""
 
 
+class Misfit(ConfigError):
+    """Values that are legal each by itself and not together, or not on this machine: a sweep passes over them."""
+
+
 def one_of(default: str, choices: tuple[str, ...]) -> Any:
     """A field that holds one of a few words."""
     return field(default=default, metadata={"choices": choices})
@@ -196,7 +200,12 @@ def expert_parallel(model: ModelConfig, parallel: ParallelConfig) -> int:
     """Ranks that the experts of one replica are spread over; 1 for a dense model."""
     if model.kind == "dense":
         return 1
-    return model.ep_size or default_expert_parallel(model.experts, to_grid(parallel).ranks)
+    return model.ep_size or default_expert_parallel(model.experts, expert_ranks(parallel))
+
+
+def expert_ranks(parallel: ParallelConfig) -> int:
+    """Ranks that one replica's experts may be spread over; data parallelism spreads them over the replicas."""
+    return parallel.data if parallel.method == "data" else to_grid(parallel).ranks
 
 
 __all__ = [
@@ -206,6 +215,7 @@ __all__ = [
     "HardwareConfig",
     "InferConfig",
     "LoggerConfig",
+    "Misfit",
     "ModelConfig",
     "ParallelConfig",
     "PartitionError",
@@ -213,6 +223,7 @@ __all__ = [
     "at_least",
     "digest",
     "expert_parallel",
+    "expert_ranks",
     "one_of",
     "register",
     "to_grid",

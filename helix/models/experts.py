@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -20,11 +19,11 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.nn.utils import parametrize
 
 from helix.comm.mesh import Mesh
+from helix.comm.observe import observe
 from helix.comm.parameters import Work, empty_parameter, fill_normal, local
-from helix.comm.record import listening, tell
+from helix.comm.record import listening, phase
 from helix.comm.stream import Replicated, Sharded, Stream
 from helix.models.layers import FeedForward
-from helix.partition import wire
 from helix.partition.shape import check_expert_parallel
 
 
@@ -59,11 +58,10 @@ class Experts(FeedForward):
     """Top-k routing and `experts` experts over `ep_size` ranks each, on the residual stream.
 
     No token is dropped, so that the result does not depend on how the tokens lie over the ranks; the exchange
-    is as large as the fullest expert of a group needs (`last_capacity`).
+    is as large as the fullest expert of a group needs.
 
     Attributes:
         auxiliary_loss: load-balancing loss of this rank's tokens in the last forward (GShard).
-        last_capacity: rows for each (rank, expert) pair in the last forward's exchange.
 
     Raises:
         PartitionError: if ep_size divides not both the experts and the ranks.
@@ -95,17 +93,17 @@ class Experts(FeedForward):
             top2_2nd_expert_sampling=False,
         )
         # DeepSpeed would make its own process groups, by name and for the process; ours belong to the mesh.
-        self.moe.deepspeed_moe._set_ep_group(mesh.experts(ep_size).get_group("expert"))
+        group = mesh.experts(ep_size).get_group("expert")
+        self.moe.deepspeed_moe._set_ep_group(group)
+        # Dispatch and return; and the fullest expert's count, which the ranks agree on before.
+        self._names = {group.group_name: "experts", f"all_reduce/{group.group_name}": "experts.capacity"}
         self.first_expert = mesh.experts(ep_size).get_local_rank("expert") * (experts // ep_size)
         router = self.moe.deepspeed_moe.gate.wg
         router.weight = empty_parameter((experts, width), mesh.weights, (Replicate(), Replicate()), torch.float32)
         parametrize.register_parametrization(router, "weight", _Local(), unsafe=True)
-        self.moe.deepspeed_moe.experts.register_forward_pre_hook(self._see_exchange)
-        self.experts, self.ep_size = experts, ep_size
         self.tokens = Sharded(stream.axis)
         self.replicated = isinstance(stream, Replicated)
         self.auxiliary_loss: Tensor | None = None
-        self.last_capacity = 0
 
     @property
     def router_weight(self) -> DTensor:
@@ -121,25 +119,13 @@ class Experts(FeedForward):
     def forward(self, x: Tensor, shape: tuple[int, int]) -> Tensor:
         if self.replicated:
             x = self.tokens.leave_whole(x, "experts")
-        if listening():
-            with _deepspeed_seconds() as seconds:
-                y, self.auxiliary_loss, _ = self.moe(x)
-            self._tell(x.shape[-1] * x.element_size(), seconds)
-        else:
+        with self._observed(), phase("experts"):
             y, self.auxiliary_loss, _ = self.moe(x)
         return self.tokens.finish(y, shape[0] * shape[1], "experts") if self.replicated else y
 
-    def _see_exchange(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        """DeepSpeed hands its experts [ep_size, experts / ep_size, capacity, E]: what the exchange brought."""
-        self.last_capacity = args[0].shape[2]
-
-    def _tell(self, row_bytes: int, seconds: dict[str, float]) -> None:
-        """Tell the listeners of the last forward: the fullest expert's count agreed on, dispatch, and return."""
-        if self.ep_size == 1:
-            return
-        own = self.last_capacity * self.experts // self.ep_size * row_bytes
-        tell("all_to_all/experts", 2 * (self.ep_size - 1) * own, seconds["all_to_all_single"], calls=2)
-        tell("all_reduce/experts.capacity", wire.all_reduce(1, self.ep_size, 8), seconds["all_reduce"])
+    def _observed(self) -> AbstractContextManager[None]:
+        """Counts DeepSpeed's collectives of the forward; its backward's go uncounted."""
+        return observe(self._names) if listening() else nullcontext()
 
 
 def load_deepspeed(device_type: str) -> None:
@@ -163,23 +149,3 @@ def _start_deepspeed(device_type: str) -> Any:
     if not deepspeed.comm.is_initialized():
         deepspeed.init_distributed("nccl" if device_type == "cuda" else "gloo", verbose=False)
     return MoE
-
-
-@contextmanager
-def _deepspeed_seconds() -> Iterator[dict[str, float]]:
-    """Seconds that DeepSpeed spent in each of the router's collectives, from its own communication timers.
-
-    Not from its communication log: the timers behind that are never reset, so each entry holds all earlier ones.
-    """
-    from deepspeed.comm import comm
-
-    logger, seconds = comm.comms_logger, dict.fromkeys(("all_to_all_single", "all_reduce"), 0.0)
-    before = logger.enabled, logger.prof_all, logger.verbose, logger.comms_dict
-    logger.enabled, logger.prof_all, logger.verbose, logger.comms_dict = True, True, False, {}
-    try:
-        yield seconds
-    finally:
-        logger.enabled, logger.prof_all, logger.verbose, logger.comms_dict = before
-        for operation in seconds:
-            if operation in comm.timers.get_timers():
-                seconds[operation] = comm.timers(operation).elapsed(reset=True) / 1e3

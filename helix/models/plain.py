@@ -1,22 +1,38 @@
-"""The dense transformer as one writes it in PyTorch, with nothing of Helix in it: what peers parallelise.
+"""The transformer as one writes it in PyTorch, with nothing of Helix in it: what peers parallelise.
 
 Same function and same weights as `helix.models.transformer.Transformer` with an exact schedule, so that a
 comparison of speed compares nothing else. It knows no ranks; attention takes the number of heads from what
-its projections return, which is all that PyTorch's tensor parallelism asks of a model.
+its projections return, which is all that PyTorch's tensor parallelism asks of a model. Two seams let a peer
+replace a part: `PlainAttention.core`, and `feed_forward`, which makes what follows attention in a block.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from helix.comm.parameters import fill_normal
-from helix.partition.grid import PartitionError
 from helix.partition.shape import TransformerShape
 
 NORM_EPS = 1e-6
 ROPE_BASE = 10_000.0
+
+
+# q, k, v[B, H, T, D] -> o[B, H, T, D]
+Core = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def causal_core(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """q, k, v[B, H, T, D] -> o[B, H, T, D]; each query sees the keys up to its own place."""
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def full_core(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """q, k, v[B, H, T, D] -> o[B, H, T, D]; each query sees every key."""
+    return F.scaled_dot_product_attention(q, k, v)
 
 
 class PlainAttention(nn.Module):
@@ -24,7 +40,8 @@ class PlainAttention(nn.Module):
 
     def __init__(self, shape: TransformerShape, dtype: torch.dtype | None) -> None:
         super().__init__()
-        self.head_dim, self.causal = shape.head_dim, shape.causal
+        self.head_dim = shape.head_dim
+        self.core: Core = causal_core if shape.causal else full_core
         self.queries_per_kv = shape.layout.queries_per_kv
         kv_width = shape.kv_heads * shape.head_dim
         self.q = nn.Linear(shape.width, shape.attention_width, bias=False, dtype=dtype)
@@ -43,7 +60,7 @@ class PlainAttention(nn.Module):
         if self.queries_per_kv > 1:
             # Not `enable_gqa=True`: the CPU's flash kernel does not take it, and the fallback forms all scores.
             k, v = (z.repeat_interleave(self.queries_per_kv, dim=1) for z in (k, v))
-        o = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        o = self.core(q, k, v)
         return self.o(o.transpose(1, 2).flatten(2))
 
 
@@ -57,13 +74,35 @@ class PlainMLP(nn.Module):
         return self.down(F.gelu(self.up(x)))
 
 
-class PlainBlock(nn.Module):
+class PlainExperts(nn.Module):
+    """Top-k routing to experts that are MLPs; every token goes to its experts, none is dropped."""
+
     def __init__(self, shape: TransformerShape, dtype: torch.dtype | None) -> None:
+        super().__init__()
+        self.top_k = shape.top_k
+        self.router = nn.Linear(shape.width, shape.experts, bias=False, dtype=torch.float32)
+        self.experts = nn.ModuleList(PlainMLP(shape, dtype) for _ in range(shape.experts))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x[B, T, E] -> [B, T, E]."""
+        flat = x.flatten(0, 1)
+        weight, chosen = self.router(flat.float()).softmax(-1).topk(self.top_k, dim=-1)
+        if self.top_k > 1:
+            weight = weight / weight.sum(-1, keepdim=True)
+        y = torch.zeros_like(flat)
+        for index, expert in enumerate(self.experts):
+            token, place = (chosen == index).nonzero(as_tuple=True)
+            y = y.index_add(0, token, (weight[token, place, None] * expert(flat[token])).to(y.dtype))
+        return y.view_as(x)
+
+
+class PlainBlock(nn.Module):
+    def __init__(self, shape: TransformerShape, dtype: torch.dtype | None, feed_forward: nn.Module) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(shape.width, NORM_EPS, dtype=dtype)
         self.attention = PlainAttention(shape, dtype)
         self.mlp_norm = nn.RMSNorm(shape.width, NORM_EPS, dtype=dtype)
-        self.mlp = PlainMLP(shape, dtype)
+        self.mlp = feed_forward
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
         x = x + self.attention(self.attention_norm(x), rope)
@@ -71,52 +110,78 @@ class PlainBlock(nn.Module):
 
 
 class PlainTransformer(nn.Module):
-    """The dense transformer of `shape`.
+    """The dense or mixture-of-experts transformer of `shape`.
 
-    Raises:
-        PartitionError: if the shape has experts.
+    Args:
+        feed_forward: makes each block's module after attention, x[B, T, E] -> [B, T, E], which fills its weights
+            by an `init_weights(seed, name)` of its own; default the MLP, or the experts, of `shape`.
     """
 
-    def __init__(self, shape: TransformerShape, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        shape: TransformerShape,
+        dtype: torch.dtype | None = None,
+        feed_forward: Callable[[], nn.Module] | None = None,
+    ) -> None:
         super().__init__()
-        if shape.experts:
-            raise PartitionError(f"the plain transformer is dense, and this shape has {shape.experts} experts")
         self.shape = shape
-        self.embedding = nn.Embedding(shape.vocab, shape.width, dtype=dtype)
-        self.blocks = nn.ModuleList(PlainBlock(shape, dtype) for _ in range(shape.layers))
-        self.norm = nn.RMSNorm(shape.width, NORM_EPS, dtype=dtype)
-        self.head = nn.Linear(shape.width, shape.vocab, bias=False, dtype=dtype)
+        own = PlainExperts if shape.experts else PlainMLP
+        make = feed_forward or (lambda: own(shape, dtype))
+        self.embedding: nn.Embedding | None = nn.Embedding(shape.vocab, shape.width, dtype=dtype)
+        self.blocks = nn.ModuleList(PlainBlock(shape, dtype, make()) for _ in range(shape.layers))
+        self.norm: nn.RMSNorm | None = nn.RMSNorm(shape.width, NORM_EPS, dtype=dtype)
+        self.head: nn.Linear | None = nn.Linear(shape.width, shape.vocab, bias=False, dtype=dtype)
 
     def init_weights(self, seed: int) -> None:
-        """The weights that `Transformer.init_weights(seed)` gives; norms are ones already."""
+        """The weights that `Transformer.init_weights(seed)` gives; norms are ones already. Of a whole model."""
+        assert self.embedding is not None
+        assert self.head is not None
         fill_normal(self.embedding.weight, 1.0, seed, "embedding.weight")
-        for name, module in self.named_modules():
-            if isinstance(module, nn.Linear):
-                fill_normal(module.weight, module.in_features**-0.5, seed, _partitioned_name(name))
+        for index, block in enumerate(self.blocks):
+            assert isinstance(block, PlainBlock)
+            if callable(fill := getattr(block.mlp, "init_weights", None)):
+                fill(seed, f"blocks.{index}.mlp")
+            else:
+                _fill_linear(block.mlp, f"blocks.{index}.mlp", seed)
+            _fill_linear(block.attention, f"blocks.{index}.attention", seed)
+        fill_normal(self.head.weight, self.head.in_features**-0.5, seed, "head.weight")
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """tokens[B, T] -> logits[B, T, V]."""
-        x = self.embedding(tokens)
-        rope = _angles(tokens.shape[1], self.shape.head_dim, x) if self.shape.rope else None
+    def forward(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+        """tokens[B, T], at `positions`[T] of their sequences (default 0 to T - 1) -> logits[B, T, V].
+
+        A pipeline's stage has no embedding, or no norm and head: it takes, or gives, x[B, T, E].
+        """
+        x = tokens if self.embedding is None else self.embedding(tokens)
+        if positions is None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device)
+        rope = rope_angles(positions, self.shape.head_dim, x.dtype) if self.shape.rope else None
         for block in self.blocks:
             x = block(x, rope)
-        return self.head(self.norm(x))
+        return x if self.norm is None or self.head is None else self.head(self.norm(x))
+
+    def keep_layers(self, kept: range) -> None:
+        """Keep only the run of blocks that a pipeline stage has, and the ends that are next to it."""
+        if kept.start > 0:
+            self.embedding = None
+        if kept.stop < len(self.blocks):
+            self.norm = self.head = None
+        self.blocks = self.blocks[kept.start : kept.stop]
 
 
-def _partitioned_name(name: str) -> str:
-    """A linear layer's name -> its weight's in `Transformer`: blocks.0.attention.q -> blocks.0.attention.wq."""
-    *path, leaf = name.split(".")
-    if leaf in ("q", "k", "v", "o"):
-        return ".".join([*path, f"w{leaf}"])
-    return f"{name}.weight" if name == "head" else name
+def _fill_linear(module: nn.Module, prefix: str, seed: int) -> None:
+    """Fill the linear layers of a block's part as `Transformer` fills its own: attention.q there is attention.wq."""
+    for name, layer in module.named_modules():
+        if isinstance(layer, nn.Linear):
+            key = f"w{name}" if name in ("q", "k", "v", "o") else name
+            fill_normal(layer.weight, layer.in_features**-0.5, seed, f"{prefix}.{key}")
 
 
-def _angles(length: int, head_dim: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin [T, D/2] of each position and feature pair, in the dtype and on the device of `like`."""
+def rope_angles(positions: Tensor, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin [T, D/2] of each position and feature pair, on the device of `positions`."""
     half = head_dim // 2
-    frequency = ROPE_BASE ** (-torch.arange(half, dtype=torch.float64, device=like.device) / half)
-    angle = torch.arange(length, dtype=torch.float64, device=like.device)[:, None] * frequency
-    return angle.cos().to(like.dtype), angle.sin().to(like.dtype)
+    frequency = ROPE_BASE ** (-torch.arange(half, dtype=torch.float64, device=positions.device) / half)
+    angle = positions.double()[:, None] * frequency
+    return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
 def _rotate(z: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

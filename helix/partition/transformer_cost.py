@@ -110,15 +110,9 @@ class TransformerCost:
         )
 
     def _experts(self, capacities: Sequence[int]) -> Counter[str]:
-        """Dispatch and return of every layer, and the agreement on its size."""
-        out: Counter[str] = Counter()
-        width, ep = self.shape.width, self.ep_size
-        if ep > 1:
-            own = self.shape.experts // ep * width * self.itemsize
-            out["all_to_all/experts"] = sum(2 * (ep - 1) * capacity * own for capacity in capacities)
-            out["all_reduce/experts.capacity"] = len(capacities) * wire.all_reduce(1, ep, CAPACITY_ITEMSIZE)
+        out = expert_bytes(self.shape, self.ep_size, capacities, self.itemsize)
         if self.options.residual == "replicated" and self.grid.ranks > 1:
-            shard = self.tokens_per_shard * width
+            shard = self.tokens_per_shard * self.shape.width
             gathered = wire.all_gather(shard, self.grid.ranks, self.itemsize)
             out["all_gather/experts.finish"] = self.shape.layers * gathered
         return out
@@ -168,6 +162,16 @@ class TransformerCost:
 
     def _share(self, count: int, rank: int) -> int:
         return len(shard_range(count, self.grid.ranks, rank))
+
+
+def expert_bytes(shape: TransformerShape, ep_size: int, capacities: Sequence[int], itemsize: int) -> Counter[str]:
+    """Bytes of the experts' dispatch and return, and of the agreement on their size, over all of `capacities`."""
+    out: Counter[str] = Counter()
+    if ep_size > 1:
+        own = shape.experts // ep_size * shape.width * itemsize
+        out["all_to_all/experts"] = sum(2 * (ep_size - 1) * capacity * own for capacity in capacities)
+        out["all_reduce/experts.capacity"] = len(capacities) * wire.all_reduce(1, ep_size, CAPACITY_ITEMSIZE)
+    return out
 
 
 def expert_capacity(

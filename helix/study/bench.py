@@ -1,42 +1,36 @@
-"""What `python -m helix bench` measures: schedules against each other, and the model against its peer.
+"""What `python -m helix bench` measures: schedules, and the two ends of the papers' layer, against each other.
 
-What the ratios of `bench_model` are made of, besides the partition: the peer runs PyTorch's tensor
-parallelism through DTensor, and its collectives are gloo's own, rings of p - 1 dependent steps; Helix runs
-plain local tensors, and its collectives on gloo are direct exchanges (`helix.comm.transport`). With more ranks
-than cores every dependent step costs a context switch of every rank. The peer "helix" (Helix itself on a
-1 x (m n) grid, plain head parallelism) shares all of that with Helix, so the ratio to it is the partition's
-alone. These are timings of CPU ranks; they say nothing about GPUs, where both would use NCCL's collectives.
+All run on the same forked ranks of one machine, over gloo, whose collectives are here direct exchanges
+(`helix.comm.transport`). With more ranks than cores every step that waits for another rank costs a context
+switch of every rank. These are timings of CPU ranks; they say nothing about GPUs, which use NCCL's collectives.
+Helix against its rivals on whole models: `infer.py baseline=[..]`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from rich.table import Table
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
 
 from helix.attention import HelixAttention
+from helix.attention.concat import concat_flat, concat_hierarchical
 from helix.attention.kernel import fused_attention
 from helix.attention.oracle import attention_oracle
 from helix.attention.schedules import ATTEND
 from helix.comm.launch import launch
 from helix.comm.mesh import Mesh
 from helix.comm.parameters import whole
+from helix.comm.record import record
 from helix.comm.stream import make_stream
-from helix.models.plain import PlainTransformer
-from helix.models.transformer import Transformer
-from helix.parallel.tensor_parallel import tensor_parallel
 from helix.partition.grid import Grid, HeadLayout
-from helix.partition.options import AttentionOptions
-from helix.partition.shape import TransformerShape
 from helix.study.alternate import Comparison, Rounds, Spans, Step, alternate, step_ms
 
 HANG_S = 120.0  # a step takes seconds at most; gloo by itself would wait 30 minutes for a lost rank
-# fp32 keeps 7 digits; sums in another order over a few layers lose one or two of them.
-AGREEMENT = 1e-5
 Squares = tuple[float, float]  # squared norms of a rank's error and of its exact result
 
 
@@ -62,20 +56,80 @@ class AttentionCase:
 
 
 @dataclass(frozen=True)
-class ModelCase:
-    """Helix's transformer and its peers, over the same m * n ranks.
+class ConcatCase:
+    """The attention outputs o[B * T, H@head, D@slice], fp32, that every rank wants whole."""
 
-    Args:
-        peers: "plain" (PyTorch's tensor parallelism, residual stream on every rank), "sequence" (the same, the
-            stream cut over the sequence) and "helix" (Helix on a 1 x (m n) grid).
-    """
-
-    shape: TransformerShape
+    heads: int
+    head_dim: int
     grid: Grid
-    options: AttentionOptions
     batch: int
     length: int
-    peers: tuple[str, ...]
+
+    @property
+    def output_bytes(self) -> int:
+        return self.batch * self.length * self.heads * self.head_dim * torch.float32.itemsize
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a paper says, word for word, and where."""
+
+    sentence: str
+    paper: str
+    section: str
+
+
+_HELIX_PAPER = "Helix: Two-Level Attention Partitioning for Large-Scale Transformer Deployment"
+# All that the papers say of what the hierarchy saves.
+HIERARCHY_CLAIMS = (
+    Claim(
+        "Hierarchical reduction minimizes communication overhead",
+        "Two-Level Attention Partitioning for Large-Scale Transformers: A Concise Version",
+        "Communication Pattern",
+    ),
+    Claim(
+        "After dimension-wise concatenation, final head groups' outputs are concatenated without additional "
+        "communication if placed accordingly.",
+        _HELIX_PAPER,
+        "Communication and Synchronization",
+    ),
+    Claim(
+        "This hierarchical partitioning reduces communication overhead compared to naive full-dimension splits.",
+        _HELIX_PAPER,
+        "Communication and Synchronization",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class ConcatComparison(Comparison):
+    """Hierarchical and flat concatenation, with what they moved.
+
+    Args:
+        case: what was concatenated.
+        executed_bytes: bytes that left one rank in one step, by alternative and "collective/name".
+    """
+
+    case: ConcatCase
+    executed_bytes: dict[str, dict[str, int]]
+
+    def as_dict(self) -> dict[str, Any]:
+        return super().as_dict() | {
+            "output_bytes": self.case.output_bytes,
+            "executed_bytes_per_rank_per_step": self.executed_bytes,
+            "claims": [asdict(claim) for claim in HIERARCHY_CLAIMS],
+        }
+
+    def table(self) -> Table:
+        table, ranks = super().table(), self.case.grid.ranks
+        lines = [f"A rank holds 1/{ranks} of the output's {self.case.output_bytes:,} bytes. In a step it sends:"]
+        for name, moved in self.executed_bytes.items():
+            total, parts = sum(moved.values()), (f"{key.split('.')[-1]} {count:,}" for key, count in moved.items())
+            lines.append(f"{name} {total:,} bytes, {total / self.case.output_bytes:.6g} of it ({', '.join(parts)})")
+        lines.append("What the papers say:")
+        lines += [f'"{claim.sentence}" ({claim.paper}; {claim.section})' for claim in HIERARCHY_CLAIMS]
+        table.caption = "\n".join(lines)
+        return table
 
 
 def bench_attention(case: AttentionCase, schedules: Sequence[str], rounds: Rounds) -> Comparison:
@@ -95,21 +149,20 @@ def bench_attention(case: AttentionCase, schedules: Sequence[str], rounds: Round
     return Comparison(title, case.batch * case.length, times, errors, ("perslice",))
 
 
-def bench_model(case: ModelCase, rounds: Rounds) -> Comparison:
-    """Measure Helix's model against the peers: forward, fp32, on gloo.
+def bench_concat(case: ConcatCase, rounds: Rounds) -> ConcatComparison:
+    """Measure the papers' hierarchical concatenation against one flat all-gather: fp32, on gloo.
 
     Raises:
-        RuntimeError: if the outputs differ by more than fp32 explains.
+        RuntimeError: if either differs from the whole in any bit.
     """
-    results = launch(_model_rank, case, rounds, ranks=case.grid.ranks, timeout_s=HANG_S)
-    shape = case.shape
+    results = launch(_concat_rank, case, rounds, ranks=case.grid.ranks, timeout_s=HANG_S)
     title = (
-        f"Transformer, {shape.layers} layers, E={shape.width}, {shape.heads} heads of {shape.head_dim}, "
-        f"MLP {shape.mlp_hidden}, B={case.batch}, L={case.length}, {case.grid.ranks} ranks, forward"
+        f"Concatenation of attention outputs, {case.grid.name}, {case.heads} heads of {case.head_dim}, "
+        f"B={case.batch}, L={case.length}"
     )
-    times, errors = step_ms([spans for spans, _ in results]), results[0][1]
-    _, *peers = times
-    return Comparison(title, case.batch * case.length, times, errors, tuple(peers))
+    times, executed = step_ms([spans for spans, _ in results]), results[0][1]
+    errors = dict.fromkeys(times, 0.0)  # each rank has compared every bit
+    return ConcatComparison(title, case.batch * case.length, times, errors, ("flat",), case, executed)
 
 
 @torch.inference_mode()
@@ -173,52 +226,22 @@ def _layer_steps(
 
 
 @torch.inference_mode()
-def _model_rank(case: ModelCase, rounds: Rounds) -> tuple[Spans, dict[str, float]]:
+def _concat_rank(case: ConcatCase, rounds: Rounds) -> tuple[Spans, dict[str, dict[str, int]]]:
+    mesh = Mesh(case.grid)
     generator = torch.Generator().manual_seed(rounds.seed)
-    tokens = torch.randint(0, case.shape.vocab, (case.batch, case.length), generator=generator)
-    single = PlainTransformer(case.shape)
-    single.init_weights(rounds.seed)
-    exact = single(tokens).flatten(0, 1)
-    steps, errors = {}, {}
-    for name, step, logits in _models(case, tokens, rounds.seed):
-        steps[name] = step
-        errors[name] = float((logits - exact).norm() / exact.norm())
-        if errors[name] > AGREEMENT:
-            raise RuntimeError(f"{name} differs from the model on one device by {errors[name]:.1e} (relative error)")
-    return alternate(steps, rounds), errors
-
-
-def _models(case: ModelCase, tokens: Tensor, seed: int) -> list[tuple[str, Step, Tensor]]:
-    """Name, step and whole logits of Helix's model, then of its peers."""
-    ranks = case.grid.ranks
-    heads = Mesh(Grid(1, ranks))  # the grid of plain tensor parallelism
-    models = [_helix(case, Mesh(case.grid), tokens, seed)]
-    for peer in case.peers:
-        if peer == "helix":
-            models.append(_helix(case, heads, tokens, seed))
-            continue
-        plain = PlainTransformer(case.shape)
-        plain.init_weights(seed)
-        tensor_parallel(plain, heads.device_mesh["head"], sequence=peer == "sequence")
-        models.append((f"TP{ranks} {peer}", _step(plain, tokens), _whole(plain(tokens), heads, case.shape.vocab)))
-    return models
-
-
-def _helix(case: ModelCase, mesh: Mesh, tokens: Tensor, seed: int) -> tuple[str, Step, Tensor]:
-    model = Transformer(case.shape, mesh, case.options)
-    model.init_weights(seed)
-    return f"Helix {mesh.grid.m}x{mesh.grid.n}", _step(model, tokens), model.whole_logits(model(tokens))
-
-
-def _step(model: torch.nn.Module, tokens: Tensor) -> Step:
-    return lambda: model(tokens)
-
-
-def _whole(logits: Tensor, mesh: Mesh, vocab: int) -> Tensor:
-    """logits[B, T, V@head] -> [B * T, V]."""
-    flat = logits.flatten(0, 1)
-    shape = torch.Size((flat.shape[0], vocab))
-    cut = DTensor.from_local(
-        flat, mesh.device_mesh["head"], [Shard(1)], run_check=False, shape=shape, stride=(vocab, 1)
-    )
-    return cut.full_tensor()
+    # One run of features a slice (P = 1), as without RoPE: [N, H, P, D].
+    exact = torch.randn(case.batch * case.length, case.heads, 1, case.head_dim, generator=generator)
+    group = exact.chunk(case.grid.n, dim=1)[mesh.head.rank]
+    own = group.chunk(case.grid.m, dim=-1)[mesh.slice.rank].contiguous()
+    steps: dict[str, Step] = {
+        "hierarchical": lambda: concat_hierarchical(own, mesh.slice, mesh.head),
+        "flat": lambda: concat_flat(own, mesh.model, case.grid.m),
+    }
+    executed = {}
+    for name, step in steps.items():
+        with record() as log:
+            output = step()
+        executed[name] = dict(log.bytes)
+        if not torch.equal(output, exact):
+            raise RuntimeError(f"the {name} concatenation is not the whole output")
+    return alternate(steps, rounds), executed

@@ -1,35 +1,45 @@
 """The inference benchmark that `infer.py` runs: measure, compare with the reference, report.
 
-Protocol (papers, "Measurement Methodology"): `runs` runs of `warmup` untimed and `iterations` timed steps each.
-All runs share one launch and one set of weights; each has tokens and a warm-up of its own, and the interval is
-taken over the runs' means. A step is one forward pass of the whole model over one batch; ranks start it
-together, and its time is the slowest rank's.
+Protocol (papers, "Measurement Methodology"): `runs` runs of `warmup` untimed and `iterations` timed steps each, of
+the main method and of each baseline in turn (`helix.study.turns`). All runs share one launch and one set of
+weights; each has tokens and a warm-up of its own, and the interval is taken over the runs' means. A step is one
+forward pass of the whole model over one batch; ranks start it together, and it lasts until the last one is done.
 """
 
 from __future__ import annotations
 
 import logging
+import socket
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Trainer
 
 from helix.comm.launch import launch
 from helix.config.environment import resolve_device, started
-from helix.config.methods import to_name
-from helix.config.schema import ITEMSIZE, InferConfig, digest, expert_parallel, to_grid, to_shape
+from helix.config.methods import from_name, to_name
+from helix.config.schema import (
+    ITEMSIZE,
+    InferConfig,
+    ParallelConfig,
+    digest,
+    expert_parallel,
+    to_grid,
+    to_shape,
+)
+from helix.parallel.methods.method import Job, Layout
 from helix.parallel.strategy import HelixStrategy
 from helix.partition.cost import cheapest_schedule
 from helix.partition.options import AttentionOptions
-from helix.study.accuracy import Check, compare
-from helix.study.measure import BenchmarkModule, Measured, Stopwatch, step_loader
-from helix.study.report import Accuracy, Memory, Method, Report, Schedules, Tracked, Traffic, now, write
-from helix.study.statistics import summarize
+from helix.study.measure import BenchmarkModule, Stopwatch, turn_loader
+from helix.study.profile import profiled
+from helix.study.report import Measurement, Refusal, Report, Rival, Tracked, now, write
+from helix.study.results import RankResult, describe, measurement, rival
 from helix.study.table import show
 from helix.study.text import byte_batches, corpus
 from helix.study.tracking import Tracker, track
@@ -37,6 +47,8 @@ from helix.study.tracking import Tracker, track
 DTYPES = {"64-true": torch.float64, "32-true": torch.float32, "bf16-true": torch.bfloat16, "16-true": torch.float16}
 # Different batches of text are cycled through, so that a long protocol does not hold all of its tokens at once.
 DISTINCT_BATCHES = 64
+# What one rank found: its figures by method, and the refusals of the others.
+Found = tuple[dict[str, RankResult], dict[str, str]]
 
 
 def run(settings: InferConfig, run_dir: Path) -> None:
@@ -48,7 +60,8 @@ def run(settings: InferConfig, run_dir: Path) -> None:
     began = now()
     local_ranks = ((here := started()) and here.local_ranks) or settings.parallel.ranks
     device = resolve_device(settings.device, local_ranks)
-    if settings.model.experts:
+    methods = {each.method for each in _methods(settings)}
+    if settings.model.experts or methods & {"ulysses", "autotp"}:
         from helix.models.experts import load_deepspeed
 
         load_deepspeed(device)  # before the fork: one import for all ranks
@@ -65,36 +78,30 @@ def _rank(settings: InferConfig, run_dir: Path, device: str, began: str, launche
     """What each rank does; rank 0 returns the report."""
     startup_s = _slowest(time.time() - launched_at)
     if dist.get_rank() != 0:
-        measured, check = _measure(settings, device, Tracker(None, None))
-        _gather(measured, check)
+        _gather(_measure(settings, device, Tracker(None, None), run_dir))
         return None
     run_dir.mkdir(parents=True, exist_ok=True)
     with track(settings.logger, run_dir, asdict(settings)) as tracker:
-        measured, check = _measure(settings, device, tracker)
-        everyone = _gather(measured, check)
-        report = _report(settings, began, everyone, check, _tracked(settings, tracker, run_dir))
+        everyone = _gather(_measure(settings, device, tracker, run_dir))
+        report = _report(settings, began, everyone, _tracked(tracker, run_dir))
         write(report, run_dir / "report.json")
         tracker.summary(_headline(report) | {"startup_s": startup_s})
     return report
 
 
-def _measure(settings: InferConfig, device: str, tracker: Tracker) -> tuple[Measured, Check]:
-    work, parallel = settings.workload, settings.parallel
-    options = resolve_options(settings)
-    module = BenchmarkModule(
-        to_shape(settings.model),
-        options,
-        expert_parallel(settings.model, parallel),
-        DTYPES[settings.precision],
-        settings.seed,
-    )
-    watch = Stopwatch(work.warmup, work.iterations, work.runs, work.batch_size * work.seq_len, tracker)
-    tokens = _tokens(settings)
+def _measure(settings: InferConfig, device: str, tracker: Tracker, run_dir: Path) -> Found:
+    """Run the protocol on this rank."""
+    parallel, work = settings.parallel, settings.workload
+    job = _job(settings, _own_device(device))
+    layouts = {to_name(each): (each.method, resolve(settings, each)) for each in _methods(settings)}
+    module = BenchmarkModule(layouts, job, _tokens(settings))
+    watch = Stopwatch(work, tracker)
+    local = _local_devices()
     trainer = Trainer(
         strategy=HelixStrategy(to_grid(parallel), parallel.data, parallel.stage),
         accelerator=device,
-        devices=_local_devices(device),
-        num_nodes=dist.get_world_size() // _local_devices(device),
+        devices=local,
+        num_nodes=dist.get_world_size() // local,
         callbacks=[watch],
         logger=False,
         enable_checkpointing=False,
@@ -102,39 +109,61 @@ def _measure(settings: InferConfig, device: str, tracker: Tracker) -> tuple[Meas
         enable_model_summary=False,
         use_distributed_sampler=False,
     )
-    steps = work.runs * (work.warmup + work.iterations)
-    trainer.predict(module, step_loader(tokens, steps, parallel.data), return_predictions=False)
-    module.to(device)  # Lightning moved it off the device at the end
-    return watch.measured, compare(module, tokens[0], parallel.data)
+    trainer.predict(module, turn_loader(module, work), return_predictions=False)
+    if settings.profile:
+        tokens = module.batches[0].to(job.device)
+        for name, method in module.methods.items():
+            with torch.inference_mode():
+                profiled(partial(method.step, tokens), run_dir / "traces" / name, job.device)
+    host = socket.gethostname()
+    found = {name: RankResult(host, trial, watch.measured[name]) for name, trial in module.trials.items()}
+    return found, module.refusals
 
 
-def _local_devices(device: str) -> int:
+def _methods(settings: InferConfig) -> list[ParallelConfig]:
+    """The main method and its baselines."""
+    return [settings.parallel, *map(from_name, settings.baseline)]
+
+
+def _job(settings: InferConfig, device: torch.device) -> Job:
+    work = settings.workload
+    dtype = DTYPES[settings.precision]
+    return Job(to_shape(settings.model), work.batch_size, work.seq_len, dtype, device, settings.seed)
+
+
+def _own_device(device: str) -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else torch.device("cpu")
+
+
+def _local_devices() -> int:
     here = started()
     return here.local_ranks if here else dist.get_world_size()
 
 
-def resolve_options(settings: InferConfig) -> AttentionOptions:
-    """The attention's options with `auto` resolved for this batch and length."""
-    parallel, model, work = settings.parallel, settings.model, settings.workload
+def resolve(settings: InferConfig, parallel: ParallelConfig) -> Layout:
+    """A method's layout, with Helix's `auto` resolved for this batch and length."""
+    model, work = settings.model, settings.workload
     schedule = parallel.schedule
-    if schedule == "auto":
+    if parallel.method == "helix" and schedule == "auto":
         schedule = cheapest_schedule(
             to_shape(model).layout,
             to_grid(parallel),
-            work.batch_size // parallel.data,
+            max(1, work.batch_size // parallel.data),  # too few samples are refused when the model is built
             work.seq_len,
             model.causal,
             ITEMSIZE[settings.precision],
         )
-    return AttentionOptions(schedule, parallel.aggregate, parallel.concat, parallel.projection, parallel.residual)
+    options = AttentionOptions(schedule, parallel.aggregate, parallel.concat, parallel.projection, parallel.residual)
+    ep_size = expert_parallel(model, parallel)
+    return Layout(to_grid(parallel), parallel.data, parallel.stage, options, ep_size, parallel.microbatches)
 
 
 def _tokens(settings: InferConfig) -> torch.Tensor:
     """Batches of bytes of a real text: [batches, batch_size, seq_len], the same on every rank."""
     work = settings.workload
-    steps = work.runs * (work.warmup + work.iterations)
+    passes = work.runs * (work.warmup + work.iterations + 1)
     batches = byte_batches(
-        corpus(work.text), work.batch_size, work.seq_len, min(steps, DISTINCT_BATCHES), settings.seed
+        corpus(work.text), work.batch_size, work.seq_len, min(passes, DISTINCT_BATCHES), settings.seed
     )
     return torch.from_numpy(batches)
 
@@ -145,62 +174,64 @@ def _slowest(seconds: float) -> float:
     return max(times)
 
 
-def _gather(measured: Measured, check: Check) -> list[tuple[Measured, Check]]:
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, (measured, check))
-    return everyone
+def _gather(found: Found) -> list[Found]:
+    """What all ranks found, on rank 0; the others get nothing."""
+    everyone: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(found, everyone)
+    return everyone or []
 
 
-def _tracked(settings: InferConfig, tracker: Tracker, run_dir: Path) -> Tracked | None:
+def _tracked(tracker: Tracker, run_dir: Path) -> Tracked | None:
     if tracker.path is None or tracker.mode is None:
         return None
     return Tracked(tracker.mode, str(tracker.path.relative_to(run_dir.resolve())), tracker.id)
 
 
-def _report(
-    settings: InferConfig, began: str, everyone: list[tuple[Measured, Check]], check: Check, tracked: Tracked | None
-) -> Report:
-    work, parallel, options = settings.workload, settings.parallel, resolve_options(settings)
-    tokens = work.batch_size * work.seq_len
-    # [ranks, runs, iterations]: a step lasts until its last rank is done.
-    step_s = np.array([m.step_s for m, _ in everyone]).max(0).mean(-1)
-    comm_s = np.array([m.comm_s for m, _ in everyone]).mean(0) / work.iterations
-    checks = [c for _, c in everyone]
-    # One rank's bytes stand for all: one that disagrees with its closed form if there is any, else the busiest.
-    worst = max(checks, key=lambda c: (c.executed != c.predicted, sum(c.executed.values())))
-    heaviest = max((m for m, _ in everyone), key=lambda m: m.peak_bytes)
+def _report(settings: InferConfig, began: str, everyone: list[Found], tracked: Tracked | None) -> Report:
+    main, baselines = _compare(settings, everyone)
+    figures = {name: getattr(main, name) for name in Measurement.__dataclass_fields__}
     return Report(
+        **figures,
         started_at=began,
-        method=Method(
-            to_name(parallel), parallel.m, parallel.n, Schedules(options.schedule), parallel.data, parallel.stage
-        ),
         world_size=len(everyone),
         model=asdict(settings.model),
         hardware=asdict(settings.hardware),
-        workload=asdict(work),
+        workload=asdict(settings.workload),
         precision=settings.precision,
         seed=settings.seed,
-        tokens_per_s=summarize(tokens / step_s),
-        step_ms=summarize(step_s * 1e3),
-        comm_ms_per_token=summarize(comm_s * 1e3 / tokens),
-        memory_bytes_per_rank=Memory(
-            weights=heaviest.weight_bytes,
-            activations_peak=heaviest.activation_bytes,
-            peak=heaviest.peak_bytes,
-            predicted=max(c.predicted_weight_bytes for c in checks),
-        ),
-        comm_bytes_per_rank_per_step=Traffic(worst.executed, worst.predicted),
-        accuracy=Accuracy(check.reference, check.relative_error, check.relative_error_to_h_heads),
+        baselines=baselines,
         wandb=tracked,
         settings=digest(settings),
     )
 
 
+def _compare(settings: InferConfig, everyone: list[Found]) -> tuple[Measurement, list[Rival | Refusal]]:
+    """The main method's figures, and each baseline's beside it."""
+    tokens = settings.workload.batch_size * settings.workload.seq_len
+    refusals = everyone[0][1]
+    found: list[Measurement | Refusal] = []
+    for parallel in _methods(settings):
+        method = describe(parallel, resolve(settings, parallel))
+        if method.name in refusals:
+            found.append(Refusal(method, refusals[method.name]))
+        else:
+            found.append(measurement(method, [figures[method.name] for figures, _ in everyone], tokens))
+    main, *others = found
+    assert isinstance(main, Measurement)
+    return main, [each if isinstance(each, Refusal) else rival(each, main) for each in others]
+
+
 def _headline(report: Report) -> dict[str, float | bool]:
-    return {
+    """The figures of the W&B run's summary."""
+    figures: dict[str, float | bool] = {
         "tokens_per_s/mean": report.tokens_per_s.mean,
         "step_ms/mean": report.step_ms.mean,
-        "comm_ms_per_token/mean": report.comm_ms_per_token.mean,
         "relative_error": report.accuracy.relative_error,
         "bytes_agree": report.comm_bytes_per_rank_per_step.agrees,
     }
+    if report.comm_ms_per_token is not None:
+        figures["comm_ms_per_token/mean"] = report.comm_ms_per_token.mean
+    for each in report.baselines:
+        if isinstance(each, Rival):
+            figures[f"speed_ratio/{each.method.name}"] = each.paired.ratio
+    return figures

@@ -1,104 +1,132 @@
-"""Timing a partitioned model's forward steps under Lightning's predict loop."""
+"""Timing the methods' forward steps under Lightning's predict loop."""
 
 from __future__ import annotations
 
 import time
+from collections import defaultdict
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
-from torch.distributed.tensor import DTensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, IterableDataset
 
-from helix.comm.record import record
-from helix.models.transformer import Transformer
+from helix.comm.record import Span, record
+from helix.config.schema import WorkloadConfig
+from helix.parallel.methods.method import Job, Layout, Method
 from helix.parallel.strategy import HelixStrategy
-from helix.partition.options import AttentionOptions
-from helix.partition.shape import TransformerShape
+from helix.study.accuracy import Oracle
 from helix.study.tracking import Tracker
+from helix.study.trial import Refused, Trial, try_out
+from helix.study.turns import Kind, Turn, take_turns
 
 
 class BenchmarkModule(LightningModule):
-    """A transformer with seeded weights whose predict step is one forward pass."""
+    """The methods of one launch, whose predict step is one forward pass of the one whose turn it is.
 
-    def __init__(
-        self, shape: TransformerShape, options: AttentionOptions, ep_size: int, dtype: torch.dtype, seed: int
-    ) -> None:
+    Args:
+        layouts: kind and layout of each method, by name; the first one is the Trainer's strategy's.
+        job: what all of them compute.
+        batches: tokens[number, B, T].
+
+    Attributes:
+        methods: those that run, from `configure_model` on.
+        trials: their first steps.
+        refusals: why the others do not.
+    """
+
+    def __init__(self, layouts: dict[str, tuple[str, Layout]], job: Job, batches: Tensor) -> None:
         super().__init__()
-        self.shape, self.options, self.ep_size, self.seed = shape, options, ep_size, seed
-        self.model_dtype = dtype
-        self.model: Transformer | None = None
+        self.layouts, self.job, self.batches = layouts, job, batches
+        self.methods: dict[str, Method] = {}
+        self.trials: dict[str, Trial] = {}
+        self.refusals: dict[str, str] = {}
 
     def configure_model(self) -> None:
-        if self.model is None:
-            strategy = self.trainer.strategy
-            assert isinstance(strategy, HelixStrategy)
-            with torch.device(strategy.root_device):
-                self.model = Transformer(self.shape, strategy.mesh, self.options, self.ep_size, self.model_dtype)
-            self.model.init_weights(self.seed)
+        if self.methods:
+            return
+        strategy = self.trainer.strategy
+        assert isinstance(strategy, HelixStrategy)
+        oracle = Oracle(self.job, self.batches[0])
+        tokens = self.batches[0].to(self.job.device)
+        for number, (name, (kind, layout)) in enumerate(self.layouts.items()):
+            mesh = strategy.mesh if number == 0 else None
+            try:
+                self.methods[name], self.trials[name] = try_out(kind, layout, self.job, tokens, oracle, mesh)
+            except Refused as refused:
+                if number == 0:
+                    raise RuntimeError(f"{name} cannot run: {refused}") from refused.__cause__
+                self.refusals[name] = str(refused)
 
-    def predict_step(self, tokens: Tensor, index: int) -> Tensor:
-        assert self.model is not None
-        return self.model(tokens)
+    def transfer_batch_to_device(
+        self, batch: tuple[Turn, Tensor], device: torch.device, dataloader_idx: int
+    ) -> tuple[Turn, Tensor]:
+        turn, tokens = batch
+        return turn, tokens.to(device)
+
+    def predict_step(self, batch: tuple[Turn, Tensor], index: int) -> Tensor:
+        turn, tokens = batch
+        logits = self.methods[turn.method].step(tokens)
+        return tokens[:0] if logits is None else logits  # Lightning takes None for a mistake
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """One rank's recorded step: when it began and ended on the machine's clock, and its collectives."""
+
+    start_s: float
+    end_s: float
+    spans: list[Span]
 
 
 @dataclass
 class Measured:
-    """One rank's figures.
+    """One rank's steps of one method, by run.
 
     Args:
-        step_s: seconds of each timed step, [runs][iterations].
-        comm_s: seconds inside collectives over each run's timed steps, waiting included.
-        weight_bytes: bytes of this rank's parameters.
-        activation_bytes: growth of this rank's memory over the first step. On CUDA the allocator's peak over
-            the weights; on the CPU the process's resident set, so library buffers count.
-        peak_bytes: weights and activations together.
+        steps: (start, end) of each timed step in seconds of the machine's clock.
+        recorded: the recorded step.
     """
 
-    step_s: list[list[float]] = field(default_factory=list)
-    comm_s: list[float] = field(default_factory=list)
-    weight_bytes: int = 0
-    activation_bytes: int = 0
-
-    @property
-    def peak_bytes(self) -> int:
-        return self.weight_bytes + self.activation_bytes
+    steps: list[list[tuple[float, float]]] = field(default_factory=list)
+    recorded: list[Recorded] = field(default_factory=list)
 
 
 class Stopwatch(Callback):
-    """Times each predict step, from all ranks together to this rank's end, and shows the progress on rank 0."""
+    """Times each step, from all ranks together to this rank's end, and shows the progress on rank 0."""
 
-    def __init__(self, warmup: int, iterations: int, runs: int, tokens_per_step: int, tracker: Tracker) -> None:
-        self.warmup, self.iterations, self.runs = warmup, iterations, runs
-        self.tokens_per_step, self.tracker = tokens_per_step, tracker
-        self.measured = Measured()
+    def __init__(self, workload: WorkloadConfig, tracker: Tracker) -> None:
+        self.workload, self.tracker = workload, tracker
+        self.measured: dict[str, Measured] = defaultdict(Measured)
         self._progress = _progress_bar()
-        self._listening = ExitStack()
+        self._recording = ExitStack()
         self._begin = 0.0
+        self._metrics: dict[str, float] = {}
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, BenchmarkModule)
+        work = self.workload
+        self._first = next(iter(pl_module.methods))
+        passes = work.runs * (work.warmup + work.iterations + 1)
         self._progress.start()
-        self._task = self._progress.add_task("warm-up", total=self.runs * (self.warmup + self.iterations))
-        self.measured.weight_bytes = sum(_local_bytes(p) for p in pl_module.parameters())
-        self._memory = PeakMemory(pl_module.device)
+        self._task = self._progress.add_task("warm-up", total=passes * len(pl_module.methods))
 
     def on_predict_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        run, step = divmod(batch_idx, self.warmup + self.iterations)
-        if step == self.warmup:
-            self.measured.step_s.append([])
-            self._log = self._listening.enter_context(record())
-        self._progress.update(self._task, description=f"run {run + 1} of {self.runs}")
+        turn: Turn = batch[0]
+        assert isinstance(pl_module, BenchmarkModule)
+        self._progress.update(self._task, description=f"run {turn.run + 1} of {self.workload.runs}: {turn.method}")
         dist.barrier()
-        self._begin = time.perf_counter()
+        if turn.kind is Kind.RECORDED:
+            self._log = self._recording.enter_context(record())
+            self._recording.enter_context(pl_module.methods[turn.method].observed())
+        self._begin = time.monotonic()
 
     def on_predict_batch_end(
         self,
@@ -111,27 +139,33 @@ class Stopwatch(Callback):
     ) -> None:
         if pl_module.device.type == "cuda":
             torch.cuda.synchronize()
-        seconds = time.perf_counter() - self._begin
-        if batch_idx == 0:
-            self.measured.activation_bytes = self._memory.growth()
-        run, step = divmod(batch_idx, self.warmup + self.iterations)
+        end = time.monotonic()
+        turn: Turn = batch[0]
         self._progress.advance(self._task)
-        if step < self.warmup:
-            return
-        self.measured.step_s[run].append(seconds)
-        metrics = {"run": run, "step_ms": seconds * 1e3, "tokens_per_s": self.tokens_per_step / seconds}
-        self.tracker.log(metrics, step=batch_idx)
-        if step == self.warmup + self.iterations - 1:
-            self._end_run()
+        if turn.kind is Kind.RECORDED:
+            self._recording.close()
+            self.measured[turn.method].recorded.append(Recorded(self._begin, end, list(self._log.spans)))
+        elif turn.kind is Kind.TIMED:
+            runs = self.measured[turn.method].steps
+            if len(runs) <= turn.run:
+                runs.append([])
+            runs[turn.run].append((self._begin, end))
+            self._track(turn, end - self._begin)
 
-    def _end_run(self) -> None:
-        self.measured.comm_s.append(sum(self._log.seconds.values()))
-        self._listening.close()
+    def _track(self, turn: Turn, seconds: float) -> None:
+        """One record of the W&B run for each pass; the main method's figures without a prefix."""
+        prefix = "" if turn.method == self._first else f"{turn.method}/"
+        tokens = self.workload.batch_size * self.workload.seq_len
+        self._metrics |= {f"{prefix}step_ms": seconds * 1e3, f"{prefix}tokens_per_s": tokens / seconds}
+        if turn.ends_pass:
+            self.tracker.log({"run": turn.run} | self._metrics, step=turn.batch)
+            self._metrics = {}
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._progress.stop()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._recording.close()
         self._progress.stop()
 
 
@@ -146,65 +180,18 @@ def _progress_bar() -> Progress:
     return Progress(*columns, disable=dist.get_rank() != 0)
 
 
-class PeakMemory:
-    """Growth of the memory that is in use, from now to its peak."""
+class _Turns(IterableDataset[tuple[Turn, Tensor]]):
+    """Each turn with its tokens[B, T], cycling through the batches; asked once the module knows who runs."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.cuda = device.type == "cuda"
-        if self.cuda:
-            torch.cuda.reset_peak_memory_stats()
-            self.before = torch.cuda.memory_allocated()
-        else:
-            _reset_resident_peak()
-            self.before = psutil.Process().memory_info().rss
+    def __init__(self, module: BenchmarkModule, workload: WorkloadConfig) -> None:
+        self.module, self.workload = module, workload
 
-    def growth(self) -> int:
-        """Bytes in use at the peak since the start, less what was in use then."""
-        peak = torch.cuda.max_memory_allocated() if self.cuda else _resident_peak()
-        return max(0, peak - self.before)
+    def __iter__(self) -> Iterator[tuple[Turn, Tensor]]:
+        work, batches = self.workload, self.module.batches
+        for turn in take_turns(list(self.module.methods), work.warmup, work.iterations, work.runs):
+            yield turn, batches[turn.batch % len(batches)]
 
 
-def _reset_resident_peak() -> None:
-    reset = Path("/proc/self/clear_refs")
-    if reset.exists():
-        reset.write_text("5")  # 5: the peak of the resident set starts anew (proc(5))
-
-
-def _resident_peak() -> int:
-    status = Path("/proc/self/status")
-    if not status.exists():  # without procfs: what is resident now
-        return int(psutil.Process().memory_info().rss)
-    line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
-
-
-def _local_bytes(parameter: Tensor) -> int:
-    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-    return local.numel() * local.element_size()
-
-
-class _Steps(Dataset[Tensor]):
-    """Step i's tokens[B, T] for this data replica, cycling through the batches."""
-
-    def __init__(self, batches: Tensor, steps: int, replica: int, replicas: int) -> None:
-        self.batches, self.steps = batches.chunk(replicas, dim=1)[replica], steps
-
-    def __len__(self) -> int:
-        return self.steps
-
-    def __getitem__(self, index: int) -> Tensor:
-        if index >= self.steps:
-            raise IndexError(index)
-        return self.batches[index % len(self.batches)]
-
-
-def step_loader(batches: Tensor, steps: int, data: int) -> DataLoader[Tensor]:
-    """One batch a step. The mesh's outermost axis is data, so replica = rank // (ranks of a replica).
-
-    Args:
-        batches: [number, batch_size, seq_len].
-        steps: how many steps.
-        data: replicas, which divide batch_size.
-    """
-    replica = dist.get_rank() // (dist.get_world_size() // data)
-    return DataLoader(_Steps(batches, steps, replica, data), batch_size=None)
+def turn_loader(module: BenchmarkModule, workload: WorkloadConfig) -> DataLoader[tuple[Turn, Tensor]]:
+    """A step for each turn; every rank gets the whole batch."""
+    return DataLoader(_Turns(module, workload), batch_size=None)

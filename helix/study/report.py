@@ -12,14 +12,14 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from helix.study.statistics import Summary
+from helix.study.statistics import Paired, Summary
 
 _DISTRIBUTIONS = ("helix-attention", "torch", "lightning", "deepspeed", "hydra-core", "wandb", "numpy")
 
@@ -46,25 +46,28 @@ class Method:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one rank; `predicted` is the closed form's figure for `weights`."""
+    """Bytes on one rank; `predicted` is the closed form's figure for `weights`, None where there is none."""
 
     weights: int
     activations_peak: int
     peak: int
-    predicted: int
+    predicted: int | None
     kv_cache: int = 0
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes that leave one rank in one step, by "collective/name": counted as it ran, and from the closed forms."""
+    """Bytes that leave one rank in one step, by "collective/name": counted as it ran, and from the closed forms.
+
+    `predicted` is None for a method without closed forms.
+    """
 
     executed: Mapping[str, int]
-    predicted: Mapping[str, int]
+    predicted: Mapping[str, int] | None
 
     @property
     def agrees(self) -> bool:
-        return dict(self.executed) == dict(self.predicted)
+        return self.predicted is not None and dict(self.executed) == dict(self.predicted)
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ class Accuracy:
 
     Args:
         reference: "mha_fp32_single", or "mha_narrow_heads" for `perslice`, which computes attention with
-            heads * m heads of width head_dim / m.
+            heads * m heads of width head_dim / m, or "own_model_single" for a peer with a model of its own.
         relative_error: against that reference.
         relative_error_to_h_heads: for `perslice`, against the attention with `heads` heads that the model's
             name promises; None for the exact schedules.
@@ -82,6 +85,17 @@ class Accuracy:
     reference: str
     relative_error: float
     relative_error_to_h_heads: float | None = None
+
+
+@dataclass(frozen=True)
+class Bubble:
+    """Share of a step in which a rank of a pipeline has nothing to do: measured, and by the closed form.
+
+    Where ranks share cores, others compute in it.
+    """
+
+    measured: float | None
+    predicted: float
 
 
 @dataclass(frozen=True)
@@ -125,38 +139,73 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """What was measured of one method. Every figure in `Summary` form holds one value for each independent run.
+
+    Args:
+        comm_ms_per_token: time in collectives a token, on the mean rank (the papers' "TPOT"), without
+            `wait_ms_per_token`: from when the last rank of a collective had come to it.
+        wait_ms_per_token: time a token that the mean rank waited for others to come to a collective.
+        compute_ms_per_token: the rest of the step. The three are of recorded steps and None where ranks have no
+            common clock; where more ranks than cores share a machine, all three hold time in which another rank
+            had the core.
+        idle_ranks: ranks of the launch that the method left without work.
+        bubble: of a pipeline.
+    """
+
+    method: Method
+    tokens_per_s: Summary
+    step_ms: Summary
+    comm_ms_per_token: Summary | None
+    wait_ms_per_token: Summary | None = None
+    compute_ms_per_token: Summary | None = None
+    memory_bytes_per_rank: Memory
+    comm_bytes_per_rank_per_step: Traffic
+    accuracy: Accuracy
+    idle_ranks: int = 0
+    bubble: Bubble | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rival(Measurement):
+    """A method that took turns with the main one; in `paired` it is the baseline."""
+
+    paired: Paired
+
+
 @dataclass(frozen=True)
-class Report:
-    """One run. Every figure in `Summary` form holds one value for each independent run.
+class Refusal:
+    """A method that did not run, and what it said."""
+
+    method: Method
+    error: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report(Measurement):
+    """One run, whose main method's figures stand at the top.
 
     Args:
         started_at: `now()`, taken when the run began.
         model, hardware, workload: the composed config's groups as plain dicts.
-        comm_ms_per_token: time in collectives a token (the papers' "TPOT").
         ttft_ms, tpot_ms: generation only: time to the first token, and time per output token.
-        baselines: the same keys for each method measured beside this one, with "paired".
+        baselines: the methods measured beside this one, in the order in which they were named.
         settings: `helix.config.schema.digest` of the configuration.
     """
 
     started_at: str
-    method: Method
     world_size: int
     model: dict[str, Any]
     hardware: dict[str, Any]
     workload: dict[str, Any]
     precision: str
     seed: int
-    tokens_per_s: Summary
-    step_ms: Summary
-    comm_ms_per_token: Summary
-    memory_bytes_per_rank: Memory
-    comm_bytes_per_rank_per_step: Traffic
-    accuracy: Accuracy
     ttft_ms: Summary | None = None
     tpot_ms: Summary | None = None
-    baselines: list[dict[str, Any]] = field(default_factory=list)
-    settings: str | None = None
+    baselines: Sequence[Rival | Refusal] = ()
     wandb: Tracked | None = None
+    settings: str | None = None
     versions: dict[str, str] = field(default_factory=versions)
     command: str = field(default_factory=command)
     git_commit: str | None = field(default_factory=git_commit)
@@ -165,8 +214,10 @@ class Report:
 def to_json(report: Report) -> str:
     """The report as JSON. What is not finite becomes null: JSON has neither NaN nor infinity."""
     content = _plain(report)
-    if report.accuracy.relative_error_to_h_heads is None:
-        del content["accuracy"]["relative_error_to_h_heads"]
+    for measured in (content, *content["baselines"]):
+        accuracy = measured.get("accuracy", {})
+        if accuracy.get("relative_error_to_h_heads", 0) is None:
+            del accuracy["relative_error_to_h_heads"]
     return json.dumps(content, indent=2, allow_nan=False) + "\n"
 
 

@@ -8,12 +8,13 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from helix.study.report import Report
-from helix.study.statistics import Summary
+from helix.study.report import Measurement, Refusal, Report, Rival
+from helix.study.statistics import Paired, Summary
 
 _REFERENCES = {
     "mha_fp32_single": "the same model on one device in FP32",
     "mha_narrow_heads": "attention with heads x m narrow heads, on one device in FP32",
+    "own_model_single": "its own model on one device",
 }
 
 
@@ -29,6 +30,8 @@ def render(report: Report) -> RenderableType:
     parts += [_memory(report), blank, _accuracy(report)]
     if report.accuracy.relative_error_to_h_heads is not None:
         parts.append(_perslice_notice(report, report.accuracy.relative_error_to_h_heads))
+    if report.baselines:
+        parts += [blank, _side_by_side(report), *_notes(report)]
     if report.wandb is not None and report.wandb.path is not None:
         # The path is what one copies: never broken by a line's end.
         parts.append(
@@ -43,9 +46,12 @@ def _headline(report: Report) -> Text:
     ranks = "1 rank" if report.world_size == 1 else f"{report.world_size} ranks"
     line = Text()
     line.append(method.name, style="bold")
-    line.append(f"  {method.m} slices x {method.n} head groups, schedule ")
-    line.append(schedule or "none", style="bold")
-    line.append(f", {ranks}\n")
+    line.append("  ")
+    if schedule:
+        line.append(f"{method.m} slices x {method.n} head groups, schedule ")
+        line.append(schedule, style="bold")
+        line.append(", ")
+    line.append(f"{ranks}\n")
     line.append(f"model {report.model['name']}, {report.precision}, ")
     line.append(f"batch {workload['batch_size']} x {workload['seq_len']} tokens, ")
     line.append(f"{len(report.tokens_per_s.runs)} runs of {workload['iterations']} steps, seed {report.seed}")
@@ -67,6 +73,8 @@ def _figures(report: Report) -> Table:
         ("tokens/s", report.tokens_per_s),
         ("step, ms", report.step_ms),
         ("communication, ms/token", report.comm_ms_per_token),
+        ("waiting for ranks, ms/token", report.wait_ms_per_token),
+        ("computing, ms/token", report.compute_ms_per_token),
         ("time to first token, ms", report.ttft_ms),
         ("time per output token, ms", report.tpot_ms),
     ]
@@ -80,7 +88,8 @@ def _figures(report: Report) -> Table:
 
 
 def _traffic(report: Report) -> RenderableType:
-    executed, predicted = report.comm_bytes_per_rank_per_step.executed, report.comm_bytes_per_rank_per_step.predicted
+    traffic = report.comm_bytes_per_rank_per_step
+    executed, predicted = traffic.executed, traffic.predicted or {}
     names = list(dict.fromkeys([*predicted, *executed]))
     if not names:
         return Text("Nothing moves between ranks.")
@@ -90,14 +99,14 @@ def _traffic(report: Report) -> RenderableType:
         table.add_row(name, *(f"{count:,}" for count in pair), _mark(pair[0] == pair[1]))
     table.add_section()
     totals = sum(executed.values()), sum(predicted.values())
-    table.add_row("all", *(f"{count:,}" for count in totals), _mark(report.comm_bytes_per_rank_per_step.agrees))
+    table.add_row("all", *(f"{count:,}" for count in totals), _mark(traffic.agrees))
     return table
 
 
 def _memory(report: Report) -> Table:
     memory = report.memory_bytes_per_rank
     table = _table("memory of one rank", "measured", "predicted")
-    table.add_row("weights", size(memory.weights), size(memory.predicted))
+    table.add_row("weights", size(memory.weights), "" if memory.predicted is None else size(memory.predicted))
     if memory.kv_cache:
         table.add_row("KV cache", size(memory.kv_cache), "")
     table.add_row("activations, peak", size(memory.activations_peak), "")
@@ -109,6 +118,51 @@ def _accuracy(report: Report) -> Text:
     accuracy = report.accuracy
     reference = _REFERENCES.get(accuracy.reference, accuracy.reference)
     return Text.assemble("Relative error ", (f"{accuracy.relative_error:.1e}", "bold"), f" against {reference}.")
+
+
+def _side_by_side(report: Report) -> Table:
+    """The main method and its baselines, which took turns with it, in the order in which they were named."""
+    main = report.method.name
+    table = _table("taking turns", "tokens/s", f"{main} is x", "p", "weights", "sent", "error")
+    table.columns[0].min_width = 12
+    rows: list[tuple[Measurement | Refusal, Paired | None]] = [(report, None)]
+    rows += [(each, each.paired if isinstance(each, Rival) else None) for each in report.baselines]
+    for each, paired in rows:
+        if isinstance(each, Refusal):
+            table.add_row(each.method.name, Text("did not run", style="yellow"))
+            continue
+        ratio = p = ""
+        if paired is not None:
+            ratio = f"{paired.ratio:.2f} ({paired.ci95[0]:.2f} .. {paired.ci95[1]:.2f})"
+            p = f"{paired.p:.1g}"
+        sent = size(sum(each.comm_bytes_per_rank_per_step.executed.values()))
+        cells = (figure(each.tokens_per_s.mean), ratio, p, size(each.memory_bytes_per_rank.weights), sent)
+        table.add_row(each.method.name, *cells, f"{each.accuracy.relative_error:.0e}")
+    return table
+
+
+def _notes(report: Report) -> list[RenderableType]:
+    """What the columns hold, and what only some rows have."""
+    runs = len(report.step_ms.runs)
+    notes = [
+        f"x: how many times as fast as this row {report.method.name} is, with 95 % interval and p of a paired t-test "
+        f"over {runs} runs. weights, sent: bytes of one rank, the latter in a step."
+    ]
+    floors = [each.paired.minimum_detectable_ratio for each in report.baselines if isinstance(each, Rival)]
+    if floors:
+        notes.append(f"With this scatter ratios from {max(floors):.2f} on would be found in 8 of 10 such experiments.")
+    for each in (report, *report.baselines):
+        if isinstance(each, Refusal):
+            notes.append(f"{each.method.name} did not run: {each.error}")
+            continue
+        if each.idle_ranks:
+            notes.append(f"{each.method.name} leaves {each.idle_ranks} of {report.world_size} ranks idle.")
+        if each.bubble is not None:
+            measured = "" if each.bubble.measured is None else f", measured {each.bubble.measured:.0%}"
+            notes.append(f"{each.method.name}: pipeline bubble {each.bubble.predicted:.0%} by its form{measured}.")
+        if each.accuracy.reference == "own_model_single":
+            notes.append(f"{each.method.name} runs a model of its own, and its error is against that.")
+    return [Text(note, style="dim") for note in notes]
 
 
 def _perslice_notice(report: Report, distance: float) -> Panel:

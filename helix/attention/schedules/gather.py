@@ -11,6 +11,7 @@ from torch import Tensor
 from helix.attention.kernel import fused_attention, unpack
 from helix.comm import collectives
 from helix.comm.mesh import Axis
+from helix.comm.record import phase
 
 
 def attend(qkv: Tensor, heads: int, axis: Axis, causal: bool) -> Tensor:
@@ -18,5 +19,6 @@ def attend(qkv: Tensor, heads: int, axis: Axis, causal: bool) -> Tensor:
         return fused_attention(*unpack(qkv, heads), causal)
     kv_heads = (qkv.shape[2] - heads) // 2
     qk, v = qkv.split([heads + kv_heads, kv_heads], dim=2)
-    qk = collectives.all_gather(qk.unsqueeze(0), axis, "attention.qk").movedim(0, -2).flatten(-2)  # [B, T, H + K, D]
+    with phase("attention.pack"):
+        qk = collectives.all_gather(qk.unsqueeze(0), axis, "attention.qk").movedim(0, -2).flatten(-2)  # [.., D]
     return fused_attention(qk[:, :, :heads], qk[:, :, heads:], v, causal)

@@ -12,6 +12,7 @@ from helix.attention.kernel import fused_attention
 from helix.attention.relayout import collect, deal
 from helix.comm import collectives
 from helix.comm.mesh import Axis
+from helix.comm.record import phase
 from helix.partition.schedules import row_chunks
 
 
@@ -20,16 +21,18 @@ def attend(qkv: Tensor, heads: int, axis: Axis, causal: bool) -> Tensor:
     chunks = row_chunks(q.shape[1], axis.size, causal)
     sizes = [sum(map(len, mine)) for mine in chunks]
     order = torch.tensor([t for mine in chunks for run in mine for t in run], device=q.device)
-    rows = deal(q.movedim(1, 0)[order], axis, sizes, "attention.q").movedim(0, 1)  # [B, T@slice, H, D]
-    keys, values = _gather_features(kv, axis).chunk(2, dim=2)  # [B, S, K, D] each
+    with phase("attention.pack"):
+        rows = deal(q.movedim(1, 0)[order], axis, sizes, "attention.q").movedim(0, 1)  # [B, T@slice, H, D]
+        keys, values = _gather_features(kv, axis).chunk(2, dim=2)  # [B, S, K, D] each
     outputs, start = [], 0
     for run in chunks[axis.rank]:
         visible = run.stop if causal else q.shape[1]
         piece = rows[:, start : start + len(run)]
         outputs.append(fused_attention(piece, keys[:, :visible], values[:, :visible], causal))
         start += len(run)
-    out = collect(torch.cat(outputs, dim=1).movedim(1, 0), axis, sizes, "attention.out")
-    return out[order.argsort()].movedim(0, 1)
+    with phase("attention.unpack"):
+        out = collect(torch.cat(outputs, dim=1).movedim(1, 0), axis, sizes, "attention.out")
+        return out[order.argsort()].movedim(0, 1)
 
 
 def _gather_features(x: Tensor, axis: Axis) -> Tensor:

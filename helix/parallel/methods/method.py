@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from helix.comm.mesh import Mesh
+from helix.comm.observe import observe
 from helix.partition.grid import Grid
 from helix.partition.options import AttentionOptions
 from helix.partition.shape import TransformerShape
+from helix.partition.transformer_cost import expert_capacity
 
 
 @dataclass(frozen=True)
@@ -64,16 +69,22 @@ class Method(ABC):
     Attributes:
         model: this rank's part; None on a rank that has none.
         idle_ranks: ranks of the launch that the method has no work for.
+        bubble: closed form of the share of a step in which a pipeline's stage has nothing to do; None without one.
         axes: name of each process group that the method's own libraries communicate over, by `group.group_name`;
-            for counting (`helix.comm.observe`).
+            for counting; empty if they communicate through Helix only.
     """
 
     model: nn.Module | None
     idle_ranks: int = 0
+    bubble: float | None = None
     axes: dict[str, str]
 
     def __init__(self, job: Job, layout: Layout) -> None:
         self.job, self.layout, self.axes = job, layout, {}
+
+    def mesh(self) -> Mesh:
+        """A mesh of the layout's axes. All ranks of the launch have a place in it."""
+        return Mesh(self.layout.grid, self.layout.data, self.layout.stage, self.job.device.type)
 
     @abstractmethod
     def step(self, tokens: Tensor) -> Tensor | None:
@@ -89,6 +100,29 @@ class Method(ABC):
     @abstractmethod
     def whole_logits(self, output: Tensor | None) -> Tensor | None:
         """What `step` returned -> [B * T, V] on rank 0 (others may get it too, or None). For comparing."""
+
+    def gather(self, part: Tensor | None) -> Tensor | None:
+        """Joins on rank 0, by rank, the logits[N, V] of those ranks that give any; for `whole_logits`."""
+        parts: list[Tensor | None] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+        dist.gather_object(None if part is None else part.cpu(), parts)
+        return None if parts is None else torch.cat([each for each in parts if each is not None])
+
+    def observed(self) -> AbstractContextManager[None]:
+        """While inside, the collectives of the method's own libraries are counted too, if it has any."""
+        return observe(self.axes) if self.axes else nullcontext()
+
+    def capacities(self, routes: list[Tensor], ranks: int, rank: int) -> list[int]:
+        """Rows of the fullest expert in this rank's expert group, for each layer or other unit of `routes`.
+
+        Args:
+            routes: of each, the experts of each token, [N, top_k], in the order in which `ranks` ranks share them.
+        """
+        experts, ep_size = self.job.shape.experts, self.layout.ep_size
+        found = []
+        for each in routes:
+            tokens_per_shard = -(-len(each) // ranks)
+            found.append(expert_capacity(each.tolist(), experts, ranks, ep_size, tokens_per_shard)[rank // ep_size])
+        return found
 
     def predicted(self, routes: list[Tensor]) -> Counter[str] | None:
         """Closed form of the bytes that this rank sends in one step, by "collective/axis"; None if there is none.

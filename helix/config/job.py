@@ -1,0 +1,90 @@
+"""What a command's single run and its sweeps share: the command, one job's settings, the ways to end."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+import hydra
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from helix.config import environment
+from helix.config.check import check
+from helix.config.compose import VERSION_BASE, check_folder, typed
+from helix.config.explain import explain
+from helix.config.schema import ConfigError, InferConfig, Misfit, PartitionError
+from helix.config.sweep import SweepJob
+
+Task = Callable[[InferConfig, Path], None]
+Collect = Callable[[Path, Sequence[SweepJob]], None]
+Agree = Callable[[list[str]], list[str]]
+
+
+class Stop(SystemExit):
+    """The end of a command, whose reason has been said."""
+
+    def __init__(self, code: int, reason: str = "") -> None:
+        super().__init__(code)
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command, and what its sweeps need of the rooms above this one, which know torch and reports.
+
+    Args:
+        name: of the primary config, and of the job.
+        conf: absolute path of the folder that holds it.
+        task: what one job does.
+        collect: called with a sweep's folder and jobs when they have ended, to make its table.
+        agree: gives every rank that a launcher started rank 0's words. They must run the same jobs, and could find
+            different ones: a report that rank 0 writes meanwhile, or another amount of free memory.
+    """
+
+    name: str
+    conf: Path
+    task: Task
+    collect: Collect | None = None
+    agree: Agree | None = None
+
+
+def stop(reason: str, code: int) -> NoReturn:
+    """End the command with one sentence on stderr, which one rank says for all."""
+    reason = " ".join(reason.split())
+    if environment.speaks():
+        print(f"{Path(sys.argv[0]).name}: error: {reason}", file=sys.stderr)
+    raise Stop(code, reason)
+
+
+def hand_to_hydra(this: Command, job: Callable[[DictConfig], float | None]) -> None:
+    """Have Hydra's own command line call `job`, once or for each job of a sweep."""
+    hydra.main(version_base=VERSION_BASE, config_path=str(this.conf), config_name=this.name)(job)()
+
+
+def settle(cfg: DictConfig, conf: Path, folder: str | None = None, where: str = "") -> tuple[InferConfig, str | None]:
+    """A job's settings, and why they cannot run if they do not fit together, or not on this machine.
+
+    Any other fault of theirs ends the command.
+
+    Args:
+        folder: the key of one that is still to be made.
+        where: what an error begins with.
+    """
+    misfit = None
+    try:
+        one = typed(cfg, conf)
+        try:
+            check(one)
+        except (PartitionError, Misfit) as error:
+            misfit = str(error)
+        if folder is not None:
+            check_folder(cfg, folder)
+    except ConfigError as error:
+        stop(where + str(error), code=2)
+    except OmegaConfBaseException as error:  # an interpolation that leads nowhere
+        stop(explain(error, InferConfig, conf, []), code=2)
+    return one, misfit

@@ -1,0 +1,54 @@
+"""The method of a layout by its name in configs."""
+
+from __future__ import annotations
+
+from helix.comm.mesh import Mesh
+from helix.parallel.methods.method import Job, Layout, Method
+
+
+def build(method: str, job: Job, layout: Layout, mesh: Mesh | None = None) -> Method:
+    """Construct a method's model on all ranks of the launch. Each method's libraries are imported only with it.
+
+    Args:
+        method: a name of `helix.config.schema.METHODS`.
+        mesh: of the layout's axes, if there is one already (Helix only).
+
+    Raises:
+        PartitionError, or an error of the method's own: if it cannot run this job.
+    """
+    if method == "helix":
+        from helix.parallel.methods.partitioned import Partitioned
+
+        return Partitioned(job, layout, mesh)
+    if method == "single":
+        from helix.parallel.methods.single import Single
+
+        return Single(job, layout)
+    if method == "data":
+        from helix.parallel.methods.data import DataParallel
+
+        return DataParallel(job, layout)
+    if method == "tensor" and layout.stage == 1:
+        from helix.parallel.methods.tensor import TensorParallel
+
+        return TensorParallel(job, layout)
+    if method == "tensor":
+        from helix.parallel.methods.pipeline import TensorPipeline
+
+        return TensorPipeline(job, layout)
+    if method == "context":
+        from helix.parallel.methods.context import ContextParallel
+
+        return ContextParallel(job, layout)
+    if method == "ulysses":
+        from helix.parallel.methods.ulysses import Ulysses
+
+        return Ulysses(job, layout)
+    if method == "autotp":
+        from helix.parallel.methods.autotp import AutoTensorParallel
+
+        return AutoTensorParallel(job, layout)
+    assert method == "transformers", method
+    from helix.parallel.methods.hugging_face import HuggingFace
+
+    return HuggingFace(job, layout)

@@ -1,0 +1,182 @@
+"""Plots of a sweep: tokens/s over m x n, and every job with its interval.
+
+Drawn on `Figure` objects, without pyplot's global state, so that nothing needs a display or is left behind.
+Colours are cividis: they keep their order in grey and for every kind of colour vision.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from matplotlib import colormaps, rc_context
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
+
+from helix.config.environment import gpus
+from helix.study.table import figure
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+MAP = "cividis"
+STYLE: Any = {
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "hatch.linewidth": 0.6,
+}
+MOST_BARS = 40
+_GREY, _DARK = "0.92", "0.35"
+
+
+def draw(frame: pd.DataFrame, folder: Path) -> list[Path]:
+    """Write the plots that a sweep's table has the figures for.
+
+    bars.png has every measured job. heatmap.png has Helix's grids, if both m and n vary among them; if other keys
+    vary too, each of their combinations has a heat map of its own, heatmap_{combination}.png.
+
+    Args:
+        frame: of `helix.study.sweep.table`.
+        folder: where they go.
+
+    Returns:
+        the files.
+    """
+    files = []
+    for others, grids in _grids(frame):
+        name = re.sub(r"[^\w.=-]+", "_", f"heatmap_{others}").strip("_")
+        files.append(_save(heat_map(grids, others), folder / f"{name}.png"))
+    if (frame["status"] == "done").any():
+        files.append(_save(bars(frame), folder / "bars.png"))
+    return files
+
+
+@rc_context(STYLE)
+def heat_map(grids: pd.DataFrame, others: str = "") -> Figure:
+    """Tokens/s over m (rows) and n (columns); what was not measured is hatched, with what became of it.
+
+    Args:
+        grids: the rows of Helix's grids. Of several jobs with one (m, n) the fastest is shown, and the title says so.
+        others: the overrides that these jobs have in common and that other jobs of the sweep have not.
+    """
+    ms, ns = sorted(set(grids["m"])), sorted(set(grids["n"]))
+    chart = Figure(figsize=(2.6 + 1.0 * len(ns), 2.1 + 0.62 * len(ms)), layout="constrained")
+    axes = chart.subplots()
+    done = grids[grids["status"] == "done"]
+    low, high = (done["tokens_per_s"].min(), done["tokens_per_s"].max()) if len(done) else (0.0, 1.0)
+    norm, colours = Normalize(low, max(high, low * 1.001)), colormaps[MAP]
+    for row, m in enumerate(ms):
+        for column, n in enumerate(ns):
+            here = grids[(grids["m"] == m) & (grids["n"] == n)]
+            fastest = here[here["status"] == "done"]["tokens_per_s"].max()
+            if fastest == fastest:  # not NaN: measured
+                colour = colours(norm(fastest))
+                axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, facecolor=colour, edgecolor="white"))
+                ink = "white" if _luminance(colour) < 0.45 else "black"
+                axes.text(column, row, figure(fastest), ha="center", va="center", color=ink)
+            else:
+                _blank(axes, column, row, here["status"].iloc[0] if len(here) else "")
+    axes.set(xlim=(-0.5, len(ns) - 0.5), ylim=(len(ms) - 0.5, -0.5), aspect="auto")
+    axes.set_xticks(range(len(ns)), [str(n) for n in ns])
+    axes.set_yticks(range(len(ms)), [str(m) for m in ms])
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    axes.set_xlabel("n, head groups")
+    axes.set_ylabel("m, feature slices")
+    repeated = done.duplicated(["m", "n"]).any()
+    axes.set_title(
+        "Tokens/s by grid" + (f"\n{others}" if others else "") + ("\nbest of each cell" if repeated else "")
+    )
+    if len(done):
+        bar = chart.colorbar(
+            ScalarMappable(norm, colours), ax=axes, label="tokens/s", pad=0.03, format=lambda value, _: figure(value)
+        )
+        bar.outline.set_visible(False)
+    _caption(chart, grids)
+    return chart
+
+
+@rc_context(STYLE)
+def bars(frame: pd.DataFrame) -> Figure:
+    """Tokens/s of each measured job with its 95 % interval, the fastest on top; at most `MOST_BARS` of them."""
+    done = frame[frame["status"] == "done"].sort_values("tokens_per_s", ascending=False)
+    shown = done.head(MOST_BARS)
+    chart = Figure(figsize=(8, 1.5 + 0.28 * len(shown)), layout="constrained")
+    axes = chart.subplots()
+    places = range(len(shown))
+    errors = [shown["tokens_per_s"] - shown["tokens_per_s_low"], shown["tokens_per_s_high"] - shown["tokens_per_s"]]
+    axes.barh(
+        places,
+        shown["tokens_per_s"],
+        height=0.7,
+        color=colormaps[MAP](0.6),
+        xerr=[error.to_numpy() for error in errors],
+        error_kw={"ecolor": "black", "elinewidth": 1.1, "capsize": 2.5},
+    )
+    axes.set_yticks(places, list(shown["label"]))
+    axes.set_ylim(len(shown) - 0.4, -0.6)
+    axes.set_xlim(left=0)
+    axes.tick_params(axis="y", length=0)
+    axes.xaxis.set_major_locator(MaxNLocator(6))
+    axes.xaxis.set_major_formatter(lambda value, _: figure(value))
+    axes.grid(axis="x", color="0.85", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.set_xlabel("tokens/s, mean and 95 % interval over runs")
+    axes.set_title(
+        "Tokens/s by method" + (f": the fastest {len(shown)} of {len(done)}" if len(done) > len(shown) else "")
+    )
+    _caption(chart, done)
+    return chart
+
+
+def _grids(frame: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+    """The rows for each heat map: Helix's, by the overrides that differ besides the grid."""
+    helix = frame[frame["method"].str.startswith("helix_")]
+    for others, grids in helix.groupby("others", sort=False):
+        if grids["m"].nunique() > 1 and grids["n"].nunique() > 1:
+            yield str(others), grids
+
+
+def _blank(axes: Axes, column: int, row: int, status: str) -> None:
+    """A cell without a figure. One that the sweep did not ask for stays white."""
+    if status:
+        axes.add_patch(
+            Rectangle((column - 0.5, row - 0.5), 1, 1, facecolor=_GREY, edgecolor="0.7", hatch="////", linewidth=0)
+        )
+        box = {"facecolor": _GREY, "edgecolor": "none", "pad": 1.5}
+        said = {"skipped": "cannot run", "open": "not run"}.get(status, status)
+        axes.text(column, row, said, ha="center", va="center", color=_DARK, fontsize=8, bbox=box)
+
+
+def _luminance(colour: tuple[float, float, float, float]) -> float:
+    return 0.2126 * colour[0] + 0.7152 * colour[1] + 0.0722 * colour[2]
+
+
+def _caption(chart: Figure, frame: pd.DataFrame) -> None:
+    """Where the figures come from, small, below."""
+    done = frame[frame["status"] == "done"]
+    models = ", ".join(sorted(set(frame["model"])))
+    shapes = ", ".join(sorted(set(frame["batch_size"].astype(str) + " x " + frame["seq_len"].astype(str))))
+    ranks = sorted(set((done if len(done) else frame)["world_size"]))
+    many = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+    days = sorted(set(done["started_at"].str.slice(0, 10)))
+    when = " to ".join(dict.fromkeys([days[0], days[-1]])) if days else ""
+    machine = f"{len(os.sched_getaffinity(0))} cores" + (f" and {gpus()} GPUs" if gpus() else "")
+    parts = [f"model {models}", f"batch x length {shapes}", f"{many} ranks on {machine}", when]
+    chart.supxlabel("; ".join(part for part in parts if part), fontsize=7.5, color=_DARK, x=0.01, ha="left")
+
+
+def _save(chart: Figure, path: Path) -> Path:
+    with rc_context(STYLE):  # read when a hatch or a grid is drawn, too
+        chart.savefig(path, dpi=150)
+    return path

@@ -1,0 +1,178 @@
+"""The end of a sweep: one table of all its jobs, as files and on the terminal, and two plots of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from helix.config.environment import started
+from helix.config.methods import to_name
+from helix.config.sweep import SweepJob, labels, others, outcome, report_of
+from helix.study.table import figure, size
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+# Columns that hold text; the others hold numbers, missing where a job was not measured.
+_TEXT = ("overrides", "label", "others", "status", "reason", "method", "model", "schedule", "folder", "started_at")
+WIDE = 96  # columns of a terminal
+# Summaries of the report: the mean in a column of this name, its 95 % interval in _low and _high.
+_SUMMARIES = ("tokens_per_s", "step_ms", "comm_ms_per_token")
+
+
+def agree(words: list[str]) -> list[str]:
+    """Rank 0's words, on every rank that torchrun or srun started."""
+    from helix.comm.launch import launch  # a table needs no torch
+
+    here = started()
+    return launch(lambda: words, ranks=here.ranks)[0] if here is not None else words
+
+
+def collect(folder: Path, jobs: Sequence[SweepJob], console: Console | None = None) -> pd.DataFrame:
+    """Make a sweep's table: sweep.csv, sweep.parquet and the plots in its folder, and one on the terminal.
+
+    Args:
+        folder: the sweep's.
+        jobs: all of them, in the order in which they ran.
+
+    Returns:
+        the table; see `table`.
+    """
+    from helix.study.plots import draw
+
+    frame = table(jobs)
+    folder.mkdir(parents=True, exist_ok=True)
+    frame.to_csv(folder / "sweep.csv", index=False)
+    frame.to_parquet(folder / "sweep.parquet", index=False)
+    files = ["sweep.csv", "sweep.parquet", *(path.name for path in draw(frame, folder))]
+    console = console or Console()
+    console.print(render(frame, console.width))
+    console.print(Text(f"{folder}: {', '.join(files)}", style="dim"), soft_wrap=True)
+    return frame
+
+
+def table(jobs: Sequence[SweepJob]) -> pd.DataFrame:
+    """A row for each job, those that were skipped or failed included.
+
+    Columns: `job` is Hydra's number; `status` is done, skipped, failed or open (not begun, or killed), with a
+    `reason` for all but the first; `label` is a short name, and `others` the overrides that tell jobs of one method
+    apart. Figures are the report's: the mean over runs, with `_low` and `_high` for its 95 % interval;
+    `sent_bytes` is what leaves one rank in one step, as counted.
+    """
+    import pandas as pd
+
+    rows = [
+        _row(job) | {"label": label, "others": " ".join(other)}
+        for job, label, other in zip(jobs, labels(jobs), others(jobs), strict=True)
+    ]
+    frame = pd.DataFrame(rows, columns=list(_row_names()))
+    for name in frame.columns:
+        frame[name] = frame[name].astype("string") if name in _TEXT else pd.to_numeric(frame[name])
+    return frame
+
+
+def render(frame: pd.DataFrame, width: int = 100) -> RenderableType:
+    """The table for a rich console of some width: what was measured, then what was not and why.
+
+    The rest of the columns is in the files: memory and bytes sent too, if the console has fewer than `WIDE`.
+    """
+    parts: list[RenderableType] = []
+    done = frame[frame["status"] == "done"]
+    if len(done):
+        parts.append(_measured(done, width))
+    for status, said in (("skipped", "cannot run here"), ("failed", "failed"), ("open", "not measured")):
+        rest = frame[frame["status"] == status]
+        if len(rest):
+            parts.append(_reasons(rest, f"{len(rest)} of {len(frame)} jobs {said}"))
+    return Group(*parts)
+
+
+def _row_names() -> list[str]:
+    names = ["job", "label", "status", "reason", "method", "m", "n", "data", "stage", "schedule", "world_size"]
+    names += ["model", "batch_size", "seq_len"]
+    names += [name + end for name in _SUMMARIES for end in ("", "_low", "_high")]
+    names += ["weights_bytes", "peak_bytes", "sent_bytes", "relative_error"]
+    return [*names, "overrides", "others", "started_at", "folder"]
+
+
+def _row(job: SweepJob) -> dict[str, Any]:
+    settings, became = job.settings, outcome(job)
+    parallel, work = settings.parallel, settings.workload
+    row: dict[str, Any] = {
+        "job": job.number,
+        "status": became.status,
+        "reason": became.reason,
+        "method": to_name(parallel),
+        "m": parallel.m,
+        "n": parallel.n,
+        "data": parallel.data,
+        "stage": parallel.stage,
+        "world_size": parallel.ranks,
+        "model": settings.model.name,
+        "batch_size": work.batch_size,
+        "seq_len": work.seq_len,
+        "overrides": " ".join(job.overrides),
+        "folder": job.folder.name,
+    }
+    report = report_of(job.folder, settings)
+    return row if report is None else row | _measures(report)
+
+
+def _measures(report: dict[str, Any]) -> dict[str, Any]:
+    row: dict[str, Any] = {}
+    for name in _SUMMARIES:
+        low, high = report[name]["ci95"]
+        row |= {name: report[name]["mean"], f"{name}_low": low, f"{name}_high": high}
+    memory, traffic = report["memory_bytes_per_rank"], report["comm_bytes_per_rank_per_step"]
+    return row | {
+        "method": report["method"]["name"],
+        "schedule": report["method"]["schedule"]["prefill"],
+        "world_size": report["world_size"],
+        "weights_bytes": memory["weights"],
+        "peak_bytes": memory["peak"],
+        "sent_bytes": sum(traffic["executed"].values()),
+        "relative_error": report["accuracy"]["relative_error"],
+        "started_at": report["started_at"],
+    }
+
+
+def _measured(done: pd.DataFrame, width: int) -> Table:
+    names = ["ranks", "tokens/s", "± 95 %", "step ms", "comm us", "error"]
+    if width >= WIDE:
+        names[-1:-1] = ["weights", "sent"]
+    shown = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    shown.add_column("job", justify="right", no_wrap=True)
+    shown.add_column("method", overflow="fold", min_width=12)  # the only one that gives way
+    shown.add_column("schedule", no_wrap=True)
+    for name in names:
+        shown.add_column(name, justify="right", no_wrap=True)
+    for row in done.itertuples():
+        cells = {
+            "ranks": str(row.world_size),
+            "tokens/s": figure(row.tokens_per_s),
+            "± 95 %": figure((row.tokens_per_s_high - row.tokens_per_s_low) / 2),
+            "step ms": figure(row.step_ms),
+            "comm us": f"{row.comm_ms_per_token * 1e3:.3g}",  # a token
+            "weights": size(int(row.weights_bytes)),
+            "sent": size(int(row.sent_bytes)),
+            "error": f"{row.relative_error:.1e}",
+        }
+        schedule = row.schedule if isinstance(row.schedule, str) else "-"
+        shown.add_row(str(row.job), str(row.label), schedule, *(cells[name] for name in names))
+    return shown
+
+
+def _reasons(rest: pd.DataFrame, title: str) -> RenderableType:
+    lines = Table(box=None, show_header=False, pad_edge=False, padding=(0, 1, 0, 0))
+    lines.add_column(justify="right", no_wrap=True)
+    lines.add_column(no_wrap=True)
+    lines.add_column(overflow="fold")
+    for row in rest.fillna({"reason": ""}).itertuples():
+        lines.add_row(str(row.job), str(row.label), str(row.reason), style="dim")
+    return Group(Text(), Text(title + ":"), lines)

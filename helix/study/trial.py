@@ -1,0 +1,133 @@
+"""A method's first step: whether it runs at all, whether it is right, what it moves and what it holds."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from helix.comm.mesh import Mesh
+from helix.comm.record import record
+from helix.parallel.methods.build import build
+from helix.parallel.methods.method import Job, Layout, Method
+from helix.partition.grid import PartitionError
+from helix.study.accuracy import Function, Oracle, function_of, relative_error
+from helix.study.memory import PeakMemory
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One rank's figures of a method that runs.
+
+    Args:
+        reference, relative_error, relative_error_to_h_heads: see `helix.study.report.Accuracy`; the errors are
+            known to rank 0 only.
+        executed, predicted: bytes that this rank sent in one step, by "collective/name"; predicted is None for a
+            method without closed forms.
+        weight_bytes, predicted_weight_bytes: of this rank's parameters.
+        activation_bytes: growth of this rank's memory over the first step; see `PeakMemory`.
+        idle_ranks, bubble: see `Method`.
+    """
+
+    reference: str
+    relative_error: float | None
+    relative_error_to_h_heads: float | None
+    executed: dict[str, int]
+    predicted: dict[str, int] | None
+    weight_bytes: int
+    predicted_weight_bytes: int | None
+    activation_bytes: int
+    idle_ranks: int
+    bubble: float | None
+
+
+class Refused(Exception):
+    """A method that cannot run this job, in its own words."""
+
+
+def try_out(
+    kind: str, layout: Layout, job: Job, tokens: Tensor, oracle: Oracle, mesh: Mesh | None = None
+) -> tuple[Method, Trial]:
+    """Build a method and run two steps, the second one counted. All ranks call it.
+
+    Args:
+        kind: a name of `helix.config.schema.METHODS`.
+        tokens: [B, T] on this rank's device.
+        oracle: of the same tokens.
+        mesh: see `helix.parallel.methods.build.build`.
+
+    Raises:
+        Refused: on every rank, if the method raised on any of them.
+    """
+    method, error = None, None
+    try:
+        method = build(kind, job, layout, mesh)
+    except Exception as raised:  # a peer may raise anything: its words are the result
+        error = raised
+    _agree(error)
+    assert method is not None
+    output: Tensor | None = None
+    memory = PeakMemory(job.device)
+    try:
+        with torch.inference_mode():
+            output = method.step(tokens)
+    except Exception as raised:
+        error = raised
+    _agree(error)
+    return method, _check(method, output, memory.growth(), tokens, oracle)
+
+
+def _agree(error: Exception | None) -> None:
+    """Have every rank know of an error on any of them."""
+    said: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(said, None if error is None else _words(error))
+    if words := next((each for each in said if each is not None), None):
+        raise Refused(words) from error
+
+
+def _words(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if isinstance(error, PartitionError) else f"{type(error).__name__}: {text}"
+
+
+@torch.inference_mode()
+def _check(method: Method, output: Tensor | None, growth: int, tokens: Tensor, oracle: Oracle) -> Trial:
+    function = function_of(method.layout)
+    logits = method.whole_logits(output)
+    own = method.expected_logits(tokens)
+    expected, routes = oracle.answer(function)
+    to_h_heads = None
+    if function.slices > 1:
+        h_heads, _ = oracle.answer(Function(1, function.block, function.projects))
+        to_h_heads = _error(logits, h_heads)
+    with record() as log, method.observed():
+        method.step(tokens)
+    predicted = method.predicted(routes)
+    return Trial(
+        reference="own_model_single" if own is not None else function.reference,
+        relative_error=_error(logits, own if own is not None else expected),
+        relative_error_to_h_heads=to_h_heads,
+        executed=dict(+Counter(log.bytes)),  # a receiver has calls, and sends nothing
+        predicted=None if predicted is None else dict(predicted),
+        weight_bytes=sum(local_bytes(p) for p in method.model.parameters()) if method.model else 0,
+        predicted_weight_bytes=method.predicted_weight_bytes(),
+        activation_bytes=growth,
+        idle_ranks=method.idle_ranks,
+        bubble=method.bubble,
+    )
+
+
+def _error(logits: Tensor | None, expected: Tensor | None) -> float | None:
+    if logits is None or expected is None:
+        return None
+    return relative_error(logits.cpu(), expected.cpu())
+
+
+def local_bytes(parameter: Tensor) -> int:
+    """Bytes of a parameter that this rank holds."""
+    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    return local.numel() * local.element_size()
