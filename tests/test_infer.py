@@ -63,6 +63,38 @@ def test_moe_on_four_ranks_reports_what_the_contract_says(tmp_path: Path) -> Non
     assert records[-1]["exit"]["exit_code"] == 0
 
 
+def test_baselines_take_turns_and_the_report_compares_them(tmp_path: Path) -> None:
+    """Those that run have the main method's keys and a paired comparison; one that cannot has its own words."""
+    report, out = _run(
+        tmp_path, "parallel=helix", "parallel.m=2", "parallel.n=2", "model=moe", *TINY, "workload.runs=3",
+        "baseline=[tp2_pp2,tp4,dp4,single,helix_4x1_perslice,cp4,helix_1x4]", "model.kv_heads=2", "profile=true",
+    )  # fmt: skip
+    by_name = {each["method"]["name"]: each for each in report["baselines"]}
+    assert list(by_name) == ["tp2_pp2", "tp4", "dp4", "single", "helix_4x1_perslice", "cp4", "helix_1x4"]
+    for name in ("tp2_pp2", "dp4", "single", "helix_4x1_perslice"):
+        each = by_name[name]
+        assert each["accuracy"]["relative_error"] <= 1e-5
+        assert len(each["step_ms"]["runs"]) == 3
+        paired = each["paired"]
+        assert paired["pairs"] == 3
+        assert paired["ci95"][0] <= paired["ratio"] <= paired["ci95"][1]
+        assert paired.keys() >= {"t", "p", "cohens_d", "cohens_d_pooled", "minimum_detectable_ratio", "bootstrap95"}
+        traffic = each["comm_bytes_per_rank_per_step"]
+        assert traffic["executed"] == traffic["predicted"]
+    assert by_name["helix_4x1_perslice"]["accuracy"]["reference"] == "mha_narrow_heads"
+    assert by_name["tp2_pp2"]["bubble"]["predicted"] == 0.2
+    assert by_name["single"]["idle_ranks"] == 3
+    assert "kv_heads is 2" in by_name["tp4"]["error"]
+    assert "n=4 does not divide kv_heads=2" in by_name["helix_1x4"]["error"]
+    parts = [report[f"{part}_ms_per_token"]["mean"] for part in ("comm", "wait", "compute")]
+    assert min(parts) > 0
+    assert "tp4 did not run" in " ".join(out.split())
+    traces = sorted(path.relative_to(tmp_path / "traces").as_posix() for path in tmp_path.glob("traces/*/*"))
+    assert [f"helix_2x2/trace_rank{rank}.json.gz" for rank in range(4)] == [
+        path for path in traces if path.startswith("helix_2x2/trace_rank")
+    ]
+
+
 def test_perslice_says_that_it_is_another_function(tmp_path: Path) -> None:
     report, out = _run(
         tmp_path, "parallel=helix", "parallel.m=2", "parallel.n=1", "parallel.schedule=perslice", "model=dense",

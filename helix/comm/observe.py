@@ -226,11 +226,10 @@ def _all_to_all(sent: Sequence[Tensor], group: dist.ProcessGroup, arguments: dic
 
 
 def _broadcast(sent: Sequence[Tensor], group: dist.ProcessGroup, arguments: dict[str, Any]) -> int:
-    """The root scatters, then all gather: as an all-reduce, but only the root sends in the first half."""
     # c10d counts the root within the group, and so do the functional ones.
     root = arguments["root_rank"] if "root_rank" in arguments else arguments["src"]
-    gathered = sum(wire.all_gather(-(-x.numel() // group.size()), group.size(), x.element_size()) for x in sent)
-    return 2 * gathered if root == group.rank() else gathered
+    is_root = root == group.rank()
+    return sum(wire.broadcast(x.numel(), group.size(), x.element_size(), is_root) for x in sent)
 
 
 def _send(sent: Sequence[Tensor], group: dist.ProcessGroup, arguments: dict[str, Any]) -> int:

@@ -31,7 +31,7 @@ from helix.partition.schedules import check_schedule
 from helix.partition.shape import check_ends, check_expert_parallel
 
 _SIZES = {"m": "feature slices", "n": "head groups", "data": "data replicas", "stage": "pipeline stages"}
-_INSTEAD = {"m": "helix", "n": "helix", "data": "dp16 or helix", "stage": "tp8_pp2"}
+_INSTEAD = {"m": "helix", "n": "helix", "data": "helix or dp16", "stage": "tp8_pp2"}
 
 
 def check(settings: InferConfig) -> None:

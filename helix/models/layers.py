@@ -14,6 +14,7 @@ from torch.distributed.tensor import Replicate, Shard
 
 from helix.comm.mesh import Mesh
 from helix.comm.parameters import empty_parameter, fill, fill_normal, local
+from helix.comm.record import phase
 from helix.comm.stream import Stream
 from helix.partition.grid import shard_range
 
@@ -65,7 +66,8 @@ class MLP(FeedForward):
 
     def forward(self, x: Tensor, shape: tuple[int, int]) -> Tensor:
         x = self.stream.enter(x, shape[0] * shape[1], "mlp")
-        x = F.linear(F.gelu(F.linear(x, local(self.up))), local(self.down))
+        with phase("mlp"):
+            x = F.linear(F.gelu(F.linear(x, local(self.up))), local(self.down))
         return self.stream.leave(x, "mlp")
 
 
@@ -105,4 +107,6 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor, shape: tuple[int, int]) -> Tensor:
         """The stream -> logits[N, V@model]."""
-        return F.linear(self.stream.enter(x, shape[0] * shape[1], "head"), local(self.weight))
+        x = self.stream.enter(x, shape[0] * shape[1], "head")
+        with phase("head"):
+            return F.linear(x, local(self.weight))

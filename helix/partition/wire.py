@@ -26,3 +26,9 @@ def all_reduce(numel: int, p: int, itemsize: int) -> int:
 def all_to_all(sent_numel: int, own_numel: int, itemsize: int) -> int:
     """Everything that a rank deals out, less the share it keeps."""
     return (sent_numel - own_numel) * itemsize
+
+
+def broadcast(numel: int, p: int, itemsize: int, root: bool) -> int:
+    """The root deals out p shares, and an all-gather follows; the others send only in that."""
+    share = -(-numel // p)
+    return (2 if root else 1) * all_gather(share, p, itemsize)

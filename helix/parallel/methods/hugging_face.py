@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import socket
 import tempfile
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from helix.models.experts import load_deepspeed
 from helix.parallel.methods.method import Job, Layout, Method
 from helix.partition import wire
 from helix.partition.grid import PartitionError, shard_range
@@ -47,7 +49,7 @@ class HuggingFace(Method):
         self.config = llama_config(job, n)
         plan = DistributedConfig(tp_size=n, tp_plan="auto")
         with self.saved() as folder:
-            # Not with `state_dict=`: row-wise shards would stay views, each of which keeps a whole weight alive.
+            # Not with `state_dict=`: shards stay views, which would keep whole weights alive; a file is mapped.
             self.model: nn.Module = LlamaForCausalLM.from_pretrained(folder, dtype=job.dtype, distributed_config=plan)
         mesh: Any = self.model._device_mesh
         self.axes = {mesh.get_group("tp").group_name: "tensor"} if n > 1 else {}
@@ -56,14 +58,16 @@ class HuggingFace(Method):
     def load(cls, device_type: str) -> None:
         """Import what the ranks will need; whoever forks them calls it first, so that they share it."""
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
+        if importlib.util.find_spec("deepspeed"):
+            load_deepspeed(device_type)  # accelerate would import it, without saying for which device
         importlib.import_module("transformers.models.llama.modeling_llama")
         from transformers.utils import logging
 
         logging.set_verbosity_error()
         logging.disable_progress_bar()
 
-    def whole(self) -> nn.Module:
-        """The model on one device, with its weights."""
+    def whole(self) -> Any:
+        """The model on one device, with its weights, a `LlamaForCausalLM`."""
         from transformers import LlamaForCausalLM
 
         with torch.random.fork_rng(), self.job.device:
