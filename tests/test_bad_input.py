@@ -171,7 +171,7 @@ CASES = [
     case("two-modes", "-m --cfg job", "--multirun and --cfg cannot be given together"),
     case("resolve-alone", "--resolve", "--resolve belongs to --cfg", "--cfg job"),
     # Sweeps: one bad job and none starts
-    case("sweep-grid", "-m parallel.m=1,3", "job 1 (parallel.m=3): helix_3x4", "legal m:"),
+    case("sweep-grid", "-m parallel.m=3,5", "none of 2 jobs can run; job 0 (parallel.m=3): helix_3x4", "legal m:"),
     case("sweep-option", "-m parallel=helix_4x4,helix_3x4", "no parallel=helix_3x4", "parallel=helix_16x1"),
     case("sweep-key", "-m parallel.k=1,2", "there is no key parallel.k", "keys of parallel: method, m, n"),
     case("sweep-interval", "-m parallel.m=interval(1,4)", "no interval", "parallel.m=1,2,4"),
@@ -267,7 +267,7 @@ PROCESSES = [
     case("too-large", "model=paper_dense_4l model.layers=40000", "GB are available", "model=dense"),
     case("torchrun", "", "torchrun started 3", env={"RANK": "0", "WORLD_SIZE": "3"}),
     case("online", "logger=wandb_online", "WANDB_API_KEY"),
-    case("sweep", "-m parallel.n=4,5 model=dense,moe", "job 2", "n=5 does not divide heads=16"),
+    case("sweep", "-m parallel.n=5,7 model=dense,moe", "none of 4 jobs can run", "n=5 does not divide heads=16"),
 ]
 
 

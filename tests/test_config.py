@@ -18,6 +18,7 @@ from helix.config.check import check
 from helix.config.cli import command
 from helix.config.compose import prepare, typed
 from helix.config.memory import estimate, stored_parameters
+from helix.config.methods import from_name, to_name
 from helix.config.schema import InferConfig, ModelConfig, ParallelConfig, expert_parallel, to_grid, to_shape
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
@@ -74,7 +75,7 @@ def test_every_combination_composes_and_is_legal(
         )
         assert type(one) is InferConfig
         assert (one.model.name, one.workload.name, one.hardware.name) == (model, workload, hardware)
-        assert one.parallel.name == ("helix_2x8" if parallel == "helix" else parallel)
+        assert to_name(one.parallel) == ("helix_2x8" if parallel == "helix" else parallel)
         check(one)
 
 
@@ -127,7 +128,16 @@ def test_the_estimate_counts_what_this_host_holds(settings: Callable[..., InferC
     score = settings("model=dense", "precision=bf16-true", "parallel.schedule=score", "workload.seq_len=4096")
     rows = settings("model=dense", "precision=bf16-true", "parallel.schedule=rows", "workload.seq_len=4096")
     # [B, H/n, T, S] in fp32 on each of 16 ranks.
-    assert estimate(score, 16).activations - estimate(rows, 16).activations == 16 * 8 * 4 * 4096**2 * 4
+    assert estimate(score, 16).activations - estimate(rows, 16).activations == 16 * 16 * 4 * 4096**2 * 4
+
+
+def test_the_estimate_counts_every_method(settings: Callable[..., InferConfig]) -> None:
+    """A replica on each of 16 ranks, and the copies that tensor parallelism cuts up, beside the main method's."""
+    alone, beside = settings("model=dense"), settings("model=dense", "baseline=[dp16,tp8_pp2,single]")
+    parameters = to_shape(alone.model).parameters()
+    more = estimate(beside, 16).weights - estimate(alone, 16).weights
+    assert more == 4 * parameters * (16 + 1 + 1 + 16)
+    assert stored_parameters(settings().model, from_name("dp16")) < 16 * to_shape(settings().model).parameters() / 2
 
 
 def test_shape_and_grid_follow_the_schema() -> None:
@@ -135,8 +145,8 @@ def test_shape_and_grid_follow_the_schema() -> None:
     shape = to_shape(model)
     assert (shape.kv_heads, shape.head_dim, shape.qk_norm, shape.causal) == (3, 4, True, True)
     assert to_shape(ModelConfig(name="x", layers=1, width=12, heads=6, head_dim=4, mlp_hidden=8)).kv_heads == 6
-    assert to_grid(ParallelConfig(m=4, n=2)).name == ParallelConfig(m=4, n=2).name == "helix_4x2"
-    assert ParallelConfig(method="single", m=1, n=1).name == "single"
+    assert to_grid(ParallelConfig(m=4, n=2)).name == to_name(ParallelConfig(m=4, n=2)) == "helix_4x2"
+    assert to_name(ParallelConfig(method="single", m=1, n=1)) == "single"
 
 
 def test_every_hardware_figure_has_a_source() -> None:
@@ -153,7 +163,7 @@ def run(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> list[tuple[str
 
     @command("infer", conf=CONF)
     def main(one: InferConfig, run_dir: Path) -> None:
-        calls.append((one.parallel.name, run_dir, run_dir.is_dir()))
+        calls.append((to_name(one.parallel), run_dir, run_dir.is_dir()))
 
     monkeypatch.setattr(sys, "argv", ["infer.py", *arguments, *QUIET])
     main()
@@ -214,7 +224,10 @@ def test_ways_to_end(
 @pytest.mark.parametrize(
     ("arguments", "shown"),
     [
-        (["--help"], ["parallel: helix, helix_16x1", "model: dense, moe, paper_dense_16l", "logger: none, wandb"]),
+        (
+            ["--help"],
+            ["parallel: dp16, helix, helix_16x1", "model: dense, moe, paper_dense_16l", "logger: none, wandb"],
+        ),
         (["--cfg", "job", "parallel=helix_2x8"], ["schedule: auto", "experts: 8"]),
         (["--info", "defaults", "model=dense"], ["model/dense"]),
         (["--hydra-help"], ["Hydra"]),

@@ -64,7 +64,8 @@ def run(name: str, shape: TransformerShape) -> Outcome:
     error = None if logits is None else float((logits - expected).norm() / expected.norm())
     predicted = method.predicted(reference.routes)
     held = sum(local_bytes(p) for p in method.model.parameters()) if method.model else 0
-    return Outcome(error, dict(+Counter(log.bytes)), dict(predicted or {}), (held, method.predicted_weight_bytes()), method.idle_ranks)
+    weights = (held, method.predicted_weight_bytes())
+    return Outcome(error, dict(+Counter(log.bytes)), dict(predicted or {}), weights, method.idle_ranks)
 
 
 @pytest.mark.parametrize("model", ["dense", "moe"])

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 import os
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +17,9 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
+from helix.config import environment
+from helix.config.cli import command, stop
+from helix.config.job import Agree, Task
 from helix.config.schema import (
     HardwareConfig,
     InferConfig,
@@ -252,3 +260,252 @@ def test_progress_counts_and_estimates(tmp_path: Path, capsys: pytest.CaptureFix
     ]
     Progress(None, counts=True).begin(7, jobs[1].settings)
     assert capsys.readouterr().err == "job 8: helix_1x2\n"
+
+
+# In this process, with a task that only notes what it was called with.
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    for variable in ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(environment, "free_memory_bytes", lambda: 10**12)
+    monkeypatch.setattr(environment, "gpus", lambda: 0)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def sweep(
+    monkeypatch: pytest.MonkeyPatch, *arguments: str, task: Task | None = None, agree: Agree | None = None
+) -> tuple[list[InferConfig], object]:
+    """The settings that the task of `infer.py -m` was called with, and the exit code."""
+    calls: list[InferConfig] = []
+
+    @command("infer", conf=ROOT / "conf", agree=agree)
+    def main(one: InferConfig, run_dir: Path) -> None:
+        calls.append(one)
+        if task is not None:
+            task(one, run_dir)
+
+    quiet = ["hydra/job_logging=none", "hydra/hydra_logging=none"]  # no handler outlives the test
+    monkeypatch.setattr(sys, "argv", ["infer.py", "-m", "parallel=helix", "parallel.n=1", *arguments, *TINY, *quiet])
+    try:
+        main()
+    except SystemExit as ended:
+        return calls, ended.code
+    return calls, 0
+
+
+def test_what_cannot_run_is_passed_over_with_its_reason(
+    machine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls, code = sweep(monkeypatch, "parallel.m=1,3,2")
+    assert code == 0
+    assert [one.parallel.m for one in calls] == [1, 2]
+    [folder] = (machine / "multirun").iterdir()
+    assert folder.name.startswith("helix_dense_m_")
+    assert {one.logger.group for one in calls} == {folder.name}
+    reason = json.loads((folder / "1_helix_3x1" / SKIPPED).read_text())["reason"]
+    assert "m=3 does not divide" in reason
+    assert f"job 2 of 3: helix_3x1 skipped: {reason}" in capsys.readouterr().err.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["parallel.m=3,5"], "none of 2 jobs can run; job 0 (parallel=helix parallel.n=1 parallel.m=3"),
+        (["parallel.m=1,2", "precision=32-true,33-true"], "precision cannot be '33-true'"),
+        (["parallel.m=1,0"], "parallel.m must be at least 1, not 0"),
+        (["parallel.m=1,2", "parallel.k=1"], "there is no key parallel.k"),
+    ],
+)
+def test_what_refuses_a_whole_sweep(
+    arguments: list[str],
+    said: str,
+    machine: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    calls, code = sweep(monkeypatch, *arguments)
+    assert (calls, code) == ([], 2)
+    err = capsys.readouterr().err
+    assert said in err
+    assert err.count("\n") == 1
+    assert list(machine.iterdir()) == []
+
+
+def test_an_error_ends_its_job_and_ctrl_c_the_sweep(
+    machine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    errors: dict[int, BaseException] = {1: RuntimeError("two\nlines"), 2: KeyboardInterrupt()}
+
+    def task(one: InferConfig, run_dir: Path) -> None:
+        if one.seed == 3:
+            stop("rank 0 was killed", code=1)
+        if one.seed in errors:
+            raise errors[one.seed]
+
+    calls, code = sweep(monkeypatch, "parallel.m=1", "seed=1,3,2,0", task=task)
+    assert ([one.seed for one in calls], code) == ([1, 3, 2], 130)
+    [folder] = (machine / "multirun").iterdir()
+    kept = [json.loads(path.read_text()) for path in sorted(folder.glob(f"*/{FAILED}"))]
+    assert [content["reason"] for content in kept] == ["RuntimeError: two lines", "rank 0 was killed"]
+    assert "RuntimeError: two" in kept[0]["traceback"]
+    del errors[2]
+    calls, code = sweep(monkeypatch, "parallel.m=1", "seed=1,3,2,0", task=task)
+    assert ([one.seed for one in calls], code) == ([1, 3, 2, 0], 1)
+    assert "2 of 4 jobs failed (helix_1x1 seed=1, helix_1x1 seed=3)" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_ranks_of_a_launcher_run_what_rank_0_found_open(
+    rank: str, machine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", rank)
+    found: list[list[str]] = []
+
+    def agree(words: list[str]) -> list[str]:
+        found.append(words)
+        return ["done", "open", "done"]
+
+    calls, code = sweep(monkeypatch, "parallel.m=2", "seed=0,1,2", agree=agree)
+    assert ([one.seed for one in calls], code) == ([1], 0)
+    assert found == [["open", "open", "open"]]
+    assert list(machine.iterdir()) == ([machine / "multirun"] if rank == "0" else [])
+
+
+# As a user has it.
+
+
+def start(folder: Path, *overrides: str, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
+    arguments = [sys.executable, str(ROOT / "infer.py"), "-m", *overrides]
+    return subprocess.Popen(
+        arguments,
+        cwd=folder,
+        env={**os.environ, "COLUMNS": "100", **(env or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(folder: Path, *overrides: str, env: dict[str, str] | None = None) -> tuple[int, str, str]:
+    process = start(folder, *overrides, env=env)
+    out, err = process.communicate(timeout=90)
+    return process.returncode, out, err
+
+
+def reports(folder: Path) -> dict[str, tuple[int, str]]:
+    """Of each report when it was written and what it says."""
+    return {path.parent.name: (path.stat().st_mtime_ns, path.read_text()) for path in folder.rglob(REPORT)}
+
+
+@pytest.mark.slow
+def test_a_sweep_that_was_killed_goes_on_and_repeats_nothing(tmp_path: Path) -> None:
+    # One head has no two groups, so that two of four grids cannot run.
+    words = ["parallel=helix", "parallel.m=1,2", "parallel.n=1,2", *TINY, "model.heads=1"]
+    process = start(tmp_path, *words)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("job 3 of 4: helix_2x1"):
+            break
+    time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    before = reports(tmp_path)
+    assert list(before) == ["0_helix_1x1"]
+
+    code, out, err = finish(tmp_path, *words)
+    assert code == 0, err
+    said = [line for line in err.splitlines() if line.startswith("job")]
+    assert said[0] == "job 1 of 4: helix_1x1 already measured"
+    assert said[1].startswith("job 2 of 4: helix_1x2 skipped: helix_1x2 cannot partition")
+    assert said[2].startswith("job 3 of 4: helix_2x1  (2 skipped, 1 done, about ")
+    after = reports(tmp_path)
+    assert sorted(after) == ["0_helix_1x1", "2_helix_2x1"]
+    assert after["0_helix_1x1"] == before["0_helix_1x1"]
+    assert "2 of 4 jobs cannot run here:" in out
+
+    code, out, err = finish(tmp_path, *words)
+    assert code == 0, err
+    assert "already measured" in err
+    assert "to measure anew delete that folder" in err
+    assert reports(tmp_path) == after
+    [folder] = (tmp_path / "multirun").iterdir()
+    frame = pd.read_parquet(folder / "sweep.parquet")
+    assert list(frame["status"]) == ["done", "skipped", "done", "skipped"]
+    assert (frame["tokens_per_s"] > 0).sum() == 2
+    for name in ("heatmap.png", "bars.png"):
+        assert (folder / name).read_bytes().startswith(PNG)
+        assert name in out
+
+
+@pytest.mark.slow
+def test_a_job_that_fails_does_not_end_the_sweep(tmp_path: Path) -> None:
+    words = ["parallel=helix", "parallel.m=1,2", "parallel.n=1", f"hydra.sweep.dir={tmp_path}/here", *TINY]
+    obstacle = tmp_path / "here" / "0_helix_1x1" / REPORT
+    obstacle.mkdir(parents=True)  # a folder where the report should go
+    code, _, err = finish(tmp_path, *words)
+    assert code == 1
+    assert err.splitlines()[-1] == (
+        "infer.py: error: 1 of 2 jobs failed (helix_1x1); the same command tries them again"
+    )
+    assert "IsADirectoryError" in json.loads((obstacle.parent / FAILED).read_text())["reason"]
+    frame = pd.read_csv(tmp_path / "here" / "sweep.csv")
+    assert list(frame["status"]) == ["failed", "done"]
+    obstacle.rmdir()
+    before = reports(tmp_path)
+    code, _, err = finish(tmp_path, *words)
+    assert code == 0, err
+    assert "job 2 of 2: helix_2x1 already measured" in err
+    assert reports(tmp_path)["1_helix_2x1"] == before["1_helix_2x1"]
+    assert not (obstacle.parent / FAILED).exists()
+    assert list(pd.read_csv(tmp_path / "here" / "sweep.csv")["status"]) == ["done", "done"]
+
+
+SWEEPER = '''
+from dataclasses import dataclass
+from pathlib import Path
+from hydra.core.config_store import ConfigStore
+from hydra.core.plugins import Plugins
+from hydra.plugins.sweeper import Sweeper
+
+class TwoSweeper(Sweeper):
+    """Chooses its second job by the first one's result, as those that optimise do."""
+    def setup(self, *, hydra_context, task_function, config):
+        self.config = config
+        self.launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config)
+
+    def sweep(self, arguments):
+        Path(self.config.hydra.sweep.dir).mkdir(parents=True, exist_ok=True)
+        first = self.launcher.launch([[*arguments, "parallel.m=1"]], 0)[0].return_value
+        more = "parallel.m=3" if first > 0 else "parallel.m=2"
+        second = self.launcher.launch([[*arguments, more]], 1)[0].return_value
+        print("returned", first > 0, second != second)
+
+@dataclass
+class Conf:
+    _target_: str = "hydra_plugins.two.TwoSweeper"
+
+ConfigStore.instance().store(group="hydra/sweeper", name="two", node=Conf)
+'''
+
+
+def test_a_sweeper_that_chooses_as_it_goes(tmp_path: Path) -> None:
+    plugins = tmp_path / "plugins" / "hydra_plugins"
+    plugins.mkdir(parents=True)
+    (plugins / "two.py").write_text(SWEEPER)
+    code, out, err = finish(
+        tmp_path, "hydra/sweeper=two", "parallel=helix", "parallel.n=1", *TINY, env={"PYTHONPATH": str(plugins.parent)}
+    )
+    assert code == 0, err
+    assert "returned True True" in out
+    assert [line[:31] for line in err.splitlines() if line.startswith("job")] == [
+        "job 1: helix_1x1",
+        "job 2: helix_3x1 skipped: helix",
+    ]
+    [folder] = (tmp_path / "multirun").iterdir()
+    assert list(pd.read_csv(folder / "sweep.csv")["status"]) == ["done", "skipped"]

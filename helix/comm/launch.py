@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import itertools
 import logging
 import os
 import pickle
@@ -34,6 +35,9 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 T = TypeVar("T")
 _PR_SET_PDEATHSIG = 1
+# This process's connection to the launcher's store, and the number of its next process group.
+_connected: list[tuple[dist.Store, int, int]] = []
+_launches = itertools.count()
 
 
 class RankError(RuntimeError):
@@ -180,6 +184,19 @@ def _own_handlers() -> Iterator[None]:
                 signal.signal(number, handler)
 
 
+def _own_store(timeout: timedelta) -> tuple[dist.Store, int, int]:
+    """Keys for one process group of this process, its rank and the number of ranks.
+
+    Ranks of torchrun's launch again for each job of a sweep. The launcher's store is then the same, and holds the
+    addresses of the last group, to which a rank that is early would connect; so each group has its own keys. One
+    connection serves all: without torchrun rank 0 is the server, and a new one might be taken for the old.
+    """
+    if not _connected:
+        _connected.append(next(iter(dist.rendezvous("env://", timeout=timeout))))
+    store, rank, ranks = _connected[0]
+    return dist.PrefixStore(f"helix-launch-{next(_launches)}", store), rank, ranks
+
+
 class _process_group:
     """The default process group for one rank's work, torn down on every way out."""
 
@@ -192,7 +209,10 @@ class _process_group:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", os.environ["RANK"])))
         else:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
-        dist.init_process_group("nccl" if self.device == "cuda" else "gloo", timeout=self.timeout)
+        store, rank, ranks = _own_store(self.timeout)
+        dist.init_process_group(
+            "nccl" if self.device == "cuda" else "gloo", store=store, rank=rank, world_size=ranks, timeout=self.timeout
+        )
         # One that is done early closes its connections, and would be taken for one that crashed by a late one.
         dist.barrier()
 

@@ -206,7 +206,7 @@ def check_started(ranks: int) -> int:
             )
         return ranks
     if launcher.ranks != ranks:
-        raise ConfigError(
+        raise Misfit(
             f"parallel.m * n * data * stage is {ranks} ranks, and {launcher.by} started {launcher.ranks}; start "
             f"{ranks}, choose a grid of {launcher.ranks}, or run without a launcher and the ranks are forked"
         )

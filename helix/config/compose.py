@@ -50,6 +50,7 @@ def prepare(overrides: Sequence[str] = ()) -> None:
     """
     register()
     OmegaConf.register_new_resolver("helix_method", _method_name, replace=True)
+    OmegaConf.register_new_resolver("helix_ranks", _ranks, replace=True)
     name = folder_name(overrides)
     OmegaConf.register_new_resolver("helix_sweep", lambda: name, replace=True)
 
@@ -171,6 +172,10 @@ def _changes(cfg: DictConfig, prefix: str = "") -> tuple[list[str], list[str]]:
             more_added, more_removed = _changes(cfg[key], f"{prefix}{key}.")
             added, removed = added + more_added, removed + more_removed
     return added, removed
+
+
+def _ranks(parallel: DictConfig) -> int:
+    return cast(ParallelConfig, OmegaConf.to_object(parallel)).ranks
 
 
 def _method_name(parallel: DictConfig) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from helix.config import environment
+from helix.config.methods import from_name
 from helix.config.schema import (
     ITEMSIZE,
     InferConfig,
@@ -15,6 +16,8 @@ from helix.config.schema import (
     to_shape,
 )
 
+_REPLICATE = ("data", "context", "ulysses")  # whole weights on every rank
+_BUILT_WHOLE = ("tensor", "autotp")
 # Memory of its own that a forked rank has before it holds any tensor: 40 MB measured (torch 2.13, gloo).
 RANK_BYTES = 40e6
 
@@ -36,36 +39,51 @@ class Estimate:
 
 
 def stored_parameters(model: ModelConfig, parallel: ParallelConfig) -> int:
-    """Parameters summed over all ranks, copies included: data replicas, and experts' replicas within one."""
+    """Parameters of one method summed over all ranks, copies included: data replicas, and experts' replicas."""
     shape = to_shape(model)
     experts = shape.layers * shape.experts * 2 * shape.width * shape.mlp_hidden
     block = parallel.m * parallel.n if parallel.projection == "block" else 1
     rest = shape.parameters(projects=parallel.aggregate == "project", block=block) - experts
-    copies = parallel.m * parallel.n // expert_parallel(model, parallel)
-    return parallel.data * (rest + experts * copies)
+    copies = parallel.ranks if parallel.method in _REPLICATE else parallel.data
+    groups = parallel.ranks // (parallel.stage * expert_parallel(model, parallel))
+    return copies * rest + groups * experts
 
 
 def estimate(settings: InferConfig, local_ranks: int) -> Estimate:
     """What the ranks of one host need; the reference is counted on each host, as rank 0's may be this one."""
-    parallel, model, work = settings.parallel, settings.model, settings.workload
+    model, work = settings.model, settings.workload
     shape = to_shape(model)
     itemsize = ITEMSIZE[settings.precision]
-    wide = max(itemsize, 4)
-    tokens = work.batch_size * work.seq_len
-    # Live at once inside a layer: the residual stream, its norm, attention's output and the layer's (4 E), the
-    # queries, keys, values and output of the rank's head group (4 H D / n), the MLP's hidden (F, cut over ranks).
-    features = 4 * shape.width + 4 * shape.attention_width / parallel.n
-    features += (shape.mlp_hidden * max(1, model.top_k) + shape.vocab) / (parallel.m * parallel.n)
-    activations = tokens / parallel.data * features * itemsize
-    if parallel.schedule == "score":  # the only one that holds a whole [B, H/n, T, S], in fp32 before its softmax
-        activations += tokens / parallel.data * work.seq_len * shape.heads / parallel.n * wide
+    methods = [settings.parallel, *map(from_name, settings.baseline)]
+    share = local_ranks / settings.parallel.ranks
+    weights = sum(stored_parameters(model, each) for each in methods) * share
+    if any(each.method in _BUILT_WHOLE for each in methods):
+        weights += local_ranks * shape.parameters()  # each rank draws the whole, then keeps its part
+    tokens, wide = work.batch_size * work.seq_len, max(itemsize, 4)
     whole = 4 * shape.width + 4 * shape.attention_width + shape.mlp_hidden + shape.vocab
     return Estimate(
         ranks=local_ranks,
-        weights=stored_parameters(model, parallel) * itemsize * local_ranks / parallel.ranks,
-        activations=local_ranks * (activations + RANK_BYTES),
+        weights=weights * itemsize,
+        activations=max(_activations(settings, each) for each in methods) * share + local_ranks * RANK_BYTES,
         reference=shape.parameters() * wide + tokens * whole * wide,
     )
+
+
+def _activations(settings: InferConfig, parallel: ParallelConfig) -> float:
+    """Bytes that one method's ranks hold at once in a step, summed over them."""
+    model, work = settings.model, settings.workload
+    shape, itemsize = to_shape(model), ITEMSIZE[settings.precision]
+    tokens = work.batch_size * work.seq_len
+    hidden = shape.mlp_hidden * max(1, model.top_k) + shape.vocab
+    if parallel.method in _REPLICATE or parallel.method == "single":  # each token on one rank
+        return tokens * (4 * shape.width + 4 * shape.attention_width + hidden) * itemsize
+    # Live at once inside a layer: the residual stream, its norm, attention's output and the layer's (4 E), the
+    # queries, keys, values and output of the rank's head group (4 H D / n), the MLP's hidden (F, cut over ranks).
+    features = 4 * shape.width + 4 * shape.attention_width / parallel.n + hidden / (parallel.m * parallel.n)
+    held = tokens / parallel.data * features * itemsize
+    if parallel.schedule == "score":  # the only one that holds a whole [B, H/n, T, S], in fp32 before its softmax
+        held += tokens / parallel.data * work.seq_len * shape.heads / parallel.n * max(itemsize, 4)
+    return held * parallel.ranks
 
 
 def check_memory(settings: InferConfig, local_ranks: int, device: str) -> None:

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 
 from helix.config.methods import to_name
 from helix.config.schema import InferConfig, digest
@@ -74,7 +75,7 @@ def folder_name(overrides: Sequence[str]) -> str:
         key, _, value = text.lstrip("+~").partition("=")
         if _is_sweep(text):
             swept.append(key.rpartition(".")[2])
-        elif key in ("parallel", "model", "workload"):
+        elif key in ("experiment", "parallel", "model", "workload"):
             chosen.append(value)
     readable = re.sub(r"[^\w.-]", "-", "_".join([*chosen, *swept]) or "sweep")[:60]
     return f"{readable}_{hashlib.sha256(json.dumps(own).encode()).hexdigest()[:8]}"
@@ -203,7 +204,7 @@ def _is_hydras(override: str) -> bool:
 def _is_sweep(override: str) -> bool:
     try:
         return bool(OverridesParser.create().parse_override(override).is_sweep_override())
-    except Exception:  # refused with a sentence when the jobs are composed
+    except HydraException:  # refused with a sentence when the jobs are composed
         return False
 
 

@@ -80,7 +80,7 @@ class Experts(FeedForward):
     ) -> None:
         super().__init__()
         check_expert_parallel(experts, ep_size, mesh.grid.ranks)
-        moe = _start_deepspeed(mesh.device_type)
+        moe = start_deepspeed(mesh.device_type)
         self.moe = moe(
             width,
             Expert(width, hidden, mesh, ep_size, dtype),
@@ -140,7 +140,7 @@ def load_deepspeed(device_type: str) -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def _start_deepspeed(device_type: str) -> Any:
+def start_deepspeed(device_type: str) -> Any:
     """DeepSpeed's MoE class, on the process group that is running."""
     load_deepspeed(device_type)
     import deepspeed

@@ -32,6 +32,7 @@ from helix.config.schema import (
     to_grid,
     to_shape,
 )
+from helix.parallel.methods.build import load
 from helix.parallel.methods.method import Job, Layout
 from helix.parallel.strategy import HelixStrategy
 from helix.partition.cost import cheapest_schedule
@@ -60,11 +61,7 @@ def run(settings: InferConfig, run_dir: Path) -> None:
     began = now()
     local_ranks = ((here := started()) and here.local_ranks) or settings.parallel.ranks
     device = resolve_device(settings.device, local_ranks)
-    methods = {each.method for each in _methods(settings)}
-    if settings.model.experts or methods & {"ulysses", "autotp"}:
-        from helix.models.experts import load_deepspeed
-
-        load_deepspeed(device)  # before the fork: one import for all ranks
+    load({each.method for each in _methods(settings)}, settings.model.experts > 0, device)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     measured = launch(
         _rank, settings, run_dir, device, began, time.time(), ranks=settings.parallel.ranks, device=device

@@ -132,7 +132,7 @@ def _measures(report: dict[str, Any]) -> dict[str, Any]:
     memory, traffic = report["memory_bytes_per_rank"], report["comm_bytes_per_rank_per_step"]
     return row | {
         "method": report["method"]["name"],
-        "schedule": report["method"]["schedule"]["prefill"],
+        "schedule": (report["method"].get("schedule") or {}).get("prefill"),  # rivals have none
         "world_size": report["world_size"],
         "weights_bytes": memory["weights"],
         "peak_bytes": memory["peak"],

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from helix.models.experts import load_deepspeed
+from helix.models.experts import load_deepspeed, start_deepspeed
 from helix.models.plain import PlainBlock, PlainTransformer
 from helix.parallel.methods.method import Job, Layout, Method
 from helix.partition import wire
@@ -96,8 +96,7 @@ def _cut(model: _Named, n: int, dtype: torch.dtype, device_type: str) -> dist.Pr
     AutoTensorParallel.load(device_type)
     import deepspeed
 
-    if not deepspeed.comm.is_initialized():
-        deepspeed.init_distributed("nccl" if device_type == "cuda" else "gloo", verbose=False)
+    start_deepspeed(device_type)
     engine = deepspeed.init_inference(
         model,
         tensor_parallel={"tp_size": n, "tp_grain_size": 1},  # 64 by default, so that 16 ranks would not share 512

@@ -2,8 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
+
 from helix.comm.mesh import Mesh
 from helix.parallel.methods.method import Job, Layout, Method
+
+
+def load(methods: Set[str], experts: bool, device_type: str) -> None:
+    """Import what these methods need. Whoever forks ranks calls it first: one import serves all of them.
+
+    Args:
+        methods: names of `helix.config.schema.METHODS`.
+        experts: whether the model has any.
+    """
+    if experts or methods & {"ulysses", "autotp"}:
+        from helix.models.experts import load_deepspeed
+
+        load_deepspeed(device_type)
+    if "autotp" in methods:
+        from helix.parallel.methods.autotp import AutoTensorParallel
+
+        AutoTensorParallel.load(device_type)
+    if "transformers" in methods:
+        from helix.parallel.methods.hugging_face import HuggingFace
+
+        HuggingFace.load(device_type)
 
 
 def build(method: str, job: Job, layout: Layout, mesh: Mesh | None = None) -> Method:

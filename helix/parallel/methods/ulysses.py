@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from helix.comm.mesh import Mesh
-from helix.models.experts import load_deepspeed
+from helix.models.experts import load_deepspeed, start_deepspeed
 from helix.models.plain import Core, PlainBlock, PlainTransformer
 from helix.parallel.methods.experts import expert_layers
 from helix.parallel.methods.method import Job, Layout, Method
@@ -107,8 +107,7 @@ def distributed_attention(
     from deepspeed.sequence.layer import DistributedAttention
     from deepspeed.utils import groups
 
-    if not deepspeed.comm.is_initialized():
-        deepspeed.init_distributed("nccl" if device_type == "cuda" else "gloo", verbose=False)
+    start_deepspeed(device_type)
     if not even and groups.mesh_device is None:
         # What `deepspeed.initialize(mesh_param=..)` does. DeepSpeed looks up there how many heads a rank has; by
         # default every rank would take itself for the first.
