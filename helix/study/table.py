@@ -133,7 +133,7 @@ def _side_by_side(report: Report) -> Table:
             continue
         ratio = p = ""
         if paired is not None:
-            ratio = f"{paired.ratio:.2f} ({paired.ci95[0]:.2f} .. {paired.ci95[1]:.2f})"
+            ratio = f"{paired.ratio:.2f} ({paired.ci95[0]:.2f}..{paired.ci95[1]:.2f})"
             p = f"{paired.p:.1g}"
         sent = size(sum(each.comm_bytes_per_rank_per_step.executed.values()))
         cells = (figure(each.tokens_per_s.mean), ratio, p, size(each.memory_bytes_per_rank.weights), sent)
