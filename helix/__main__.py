@@ -1,4 +1,6 @@
-"""`python -m helix bench attention` and `python -m helix bench concat`; the options, checked without torch.
+"""`python -m helix bench attention|concat` and `python -m helix checkpoint export|import|verify`; the options.
+
+They are checked without torch.
 
 Exit codes as in `helix.config.cli`: 0 done, 1 failed while running, 2 wrong input, 130 interrupted.
 """
@@ -8,11 +10,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import warnings
 from pathlib import Path
 from typing import NoReturn
 
 from helix.config import environment
 from helix.config.schema import ConfigError
+from helix.parallel.manifest import CheckpointError, CheckpointWarning, verify
 from helix.partition.grid import Grid, HeadLayout, PartitionError
 from helix.partition.schedules import SCHEDULES, check_schedule, legal_schedules
 
@@ -27,18 +31,42 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: list[str] | None = None) -> None:
     options = _parser().parse_args(argv)
     try:
-        _check(options)
-    except (PartitionError, ConfigError) as error:
+        if options.command == "bench":
+            _check(options)
+            _bench(options)
+        else:
+            _checkpoint(options)
+    except (PartitionError, ConfigError, CheckpointError) as error:
         _stop(str(error), code=2)
-    try:
-        _run(options)
     except KeyboardInterrupt:
         _stop("interrupted", code=130)
     except RuntimeError as error:
         _stop(str(error), code=1)
 
 
-def _run(options: argparse.Namespace) -> None:
+def _checkpoint(options: argparse.Namespace) -> None:
+    source = options.file if options.what == "import" else options.checkpoint
+    if not source.exists():
+        raise CheckpointError(f"{source} does not exist")
+    if options.what == "verify":
+        manifest = verify(source)
+        print(f"{source} is whole: {len(manifest.tensors)} tensors, {manifest.nbytes / 1e6:.1f} MB")
+        return
+    from helix.parallel import checkpoint  # brings torch
+
+    if options.what == "export":
+        with warnings.catch_warnings(record=True) as refused:
+            warnings.simplefilter("always", CheckpointWarning)
+            nbytes = checkpoint.export(options.checkpoint, options.file)
+        for each in refused:
+            print(f"python -m helix: warning: {each.message}", file=sys.stderr)
+        print(f"exported {options.checkpoint} to {options.file}: {nbytes / 1e6:.1f} MB")
+    else:
+        nbytes = checkpoint.import_(options.file, options.checkpoint)
+        print(f"imported {options.file} as {options.checkpoint}: {nbytes / 1e6:.1f} MB")
+
+
+def _bench(options: argparse.Namespace) -> None:
     from rich.console import Console
 
     from helix.study import bench  # brings torch
@@ -73,7 +101,7 @@ def _stop(reason: str, code: int) -> NoReturn:
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="python -m helix", description=__doc__.split(";")[0].replace("`", ""))
-    commands = parser.add_subparsers(dest="command", required=True, metavar="bench")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{bench,checkpoint}")
     bench = commands.add_parser("bench", help="measure alternatives side by side, alternating in one launch")
     benches = bench.add_subparsers(dest="what", required=True, metavar="{attention,concat}")
     attention = benches.add_parser(
@@ -101,7 +129,21 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     _add_sizes(concat)
+    _add_checkpoint(commands.add_parser("checkpoint", help="whole weights to and from one safetensors file"))
     return parser
+
+
+def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="what", required=True, metavar="{export,import,verify}")
+    checkpoint, file = ("checkpoint", "a checkpoint's folder"), ("file", "FILE.safetensors")
+    for action, text, arguments in (
+        ("export", "write a checkpoint's weights, whole, to one file", (checkpoint, file)),
+        ("import", "make a checkpoint, for any grid, of one file", (file, checkpoint)),
+        ("verify", "check every file of a checkpoint against its checksum", (checkpoint,)),
+    ):
+        sub = actions.add_parser(action, help=text)
+        for name, meaning in arguments:
+            sub.add_argument(name, type=Path, help=meaning, metavar=name.upper())
 
 
 def _add_sizes(parser: argparse.ArgumentParser) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import netrc
+import operator
 import os
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
@@ -30,6 +31,12 @@ from helix.partition.grid import PartitionError, divisors, legal_grids
 from helix.partition.schedules import check_schedule
 from helix.partition.shape import check_ends, check_expert_parallel
 
+_BOUNDS = {
+    "at_least": (operator.ge, "at least"),
+    "above": (operator.gt, "above"),
+    "at_most": (operator.le, "at most"),
+    "below": (operator.lt, "below"),
+}
 _SIZES = {"m": "feature slices", "n": "head groups", "data": "data replicas", "stage": "pipeline stages"}
 _INSTEAD = {"m": "helix", "n": "helix", "data": "helix or dp16", "stage": "tp8_pp2"}
 
@@ -45,8 +52,9 @@ def check(settings: InferConfig) -> None:
     check_method(settings)
     check_baselines(settings)
     check_model(settings.model, settings.parallel)
-    check_workload(settings.workload, settings.parallel)
-    check_layer(settings)
+    work = settings.workload
+    check_workload(work, settings.parallel)
+    check_layer(settings.parallel, settings.model, work.batch_size, work.seq_len)
     check_logger(settings.logger)
     local_ranks = check_started(settings.parallel.ranks)
     device = check_device(settings.device, local_ranks)
@@ -65,9 +73,11 @@ def check_values(node: Any, prefix: str = "") -> None:
             legal = spec.metadata["choices"]
             near = suggest(value, legal)
             raise ConfigError(f"{key} cannot be {value!r}{near}; choose one of: {', '.join(legal)}")
-        # Written so that not-a-number, which compares false to everything, is refused too.
-        elif "at_least" in spec.metadata and not value >= spec.metadata["at_least"]:
-            raise ConfigError(f"{key} must be at least {spec.metadata['at_least']}, not {value}")
+        else:
+            for bound, (holds, words) in _BOUNDS.items():
+                # Not-a-number, which compares false to everything, holds no bound, and is refused too.
+                if bound in spec.metadata and not holds(value, spec.metadata[bound]):
+                    raise ConfigError(f"{key} must be {words} {spec.metadata[bound]}, not {value}")
 
 
 def suggest(word: str, legal: list[str] | tuple[str, ...]) -> str:
@@ -79,6 +89,16 @@ def suggest(word: str, legal: list[str] | tuple[str, ...]) -> str:
 def check_method(settings: InferConfig) -> None:
     """Check the main method: the sizes that only some methods have, and what its way to cut a model needs."""
     parallel, shape, work = settings.parallel, to_shape(settings.model), settings.workload
+    check_sizes(parallel)
+    if parallel.method == "tensor":
+        rivals.check_tensor(shape, parallel.n, work.seq_len if parallel.residual == "sharded" else None)
+        if parallel.stage > 1:
+            batch = work.batch_size // parallel.data
+            rivals.check_pipeline(shape, parallel.stage, batch, parallel.microbatches)
+
+
+def check_sizes(parallel: ParallelConfig) -> None:
+    """Check that the sizes that a method does not have are 1."""
     fixed = {"single": ("m", "n", "data", "stage"), "data": ("m", "n", "stage"), "helix": ("stage",)}
     for name in fixed.get(parallel.method, ("m",)):
         if getattr(parallel, name) != 1:
@@ -86,11 +106,6 @@ def check_method(settings: InferConfig) -> None:
                 f"parallel.method={parallel.method} has no {_SIZES[name]}, so parallel.{name} must be 1, not "
                 f"{getattr(parallel, name)}; take parallel={_INSTEAD[name]}"
             )
-    if parallel.method == "tensor":
-        rivals.check_tensor(shape, parallel.n, work.seq_len if parallel.residual == "sharded" else None)
-        if parallel.stage > 1:
-            batch = work.batch_size // parallel.data
-            rivals.check_pipeline(shape, parallel.stage, batch, parallel.microbatches)
 
 
 def check_baselines(settings: InferConfig) -> None:
@@ -130,35 +145,44 @@ def check_model(model: ModelConfig, parallel: ParallelConfig) -> None:
 def check_workload(workload: WorkloadConfig, parallel: ParallelConfig) -> None:
     """Check that the batch can be dealt to the data replicas, and that there is a text to read."""
     batch, data = workload.batch_size, parallel.data
-    if batch % data and parallel.method != "data":  # whose replicas may differ by a sample
-        raise Misfit(
-            f"parallel.data={data} does not divide workload.batch_size={batch}; legal parallel.data: {divisors(batch)}"
-        )
+    if parallel.method != "data":  # whose replicas may differ by a sample
+        check_batch("workload.batch_size", batch, data)
     if workload.text is not None:
-        _check_text(Path(workload.text), workload.seq_len)
+        size = check_text("workload.text", Path(workload.text))
+        if size < workload.seq_len:
+            raise ConfigError(
+                f"workload.text={workload.text} has {size} bytes, too few for one sequence of "
+                f"workload.seq_len={workload.seq_len}; {_wanted('workload.text')}"
+            )
 
 
-def _check_text(path: Path, seq_len: int) -> None:
-    wanted = "workload.text takes a readable file, a folder of them, or null for Python's standard library"
+def check_batch(key: str, batch: int, data: int) -> None:
+    """Check that the batch, which `key` names, can be dealt to the data replicas."""
+    if batch % data:
+        raise Misfit(f"parallel.data={data} does not divide {key}={batch}; legal parallel.data: {divisors(batch)}")
+
+
+def check_text(key: str, path: Path) -> int:
+    """Check that the text, which `key` names, can be read, and return its bytes."""
+    wanted = _wanted(key)
     if not path.exists():
-        raise ConfigError(f"workload.text={path} does not exist; {wanted}")
+        raise ConfigError(f"{key}={path} does not exist; {wanted}")
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
     for file in files:
         if not os.access(file, os.R_OK):
-            raise ConfigError(f"workload.text={file} cannot be read; {wanted}")
-    size = sum(file.stat().st_size for file in files)
-    if size < seq_len:
-        raise ConfigError(
-            f"workload.text={path} has {size} bytes, too few for one sequence of workload.seq_len={seq_len}; {wanted}"
-        )
+            raise ConfigError(f"{key}={file} cannot be read; {wanted}")
+    return sum(file.stat().st_size for file in files)
 
 
-def check_layer(settings: InferConfig) -> None:
+def _wanted(key: str) -> str:
+    return f"{key} takes a readable file, a folder of them, or null for Python's standard library"
+
+
+def check_layer(parallel: ParallelConfig, model: ModelConfig, batch: int, seq_len: int) -> None:
     """Check the grid against the heads, the layer's ends against the width, the schedule against both."""
-    parallel, workload = settings.parallel, settings.workload
     if parallel.method != "helix":
         return
-    shape, grid = to_shape(settings.model), to_grid(parallel)
+    shape, grid = to_shape(model), to_grid(parallel)
     try:
         grid.check(shape.heads, shape.kv_heads, shape.head_dim, shape.rope)
     except PartitionError as error:
@@ -168,7 +192,7 @@ def check_layer(settings: InferConfig) -> None:
         runs = shape.head_dim // shape.layout.parts
         raise PartitionError(f"{error}; legal m: {divisors(runs)}, legal n: {divisors(shape.kv_heads)}") from None
     check_ends(shape, grid, parallel.aggregate, parallel.projection)
-    check_schedule(parallel.schedule, shape.layout, grid, workload.batch_size // parallel.data, workload.seq_len)
+    check_schedule(parallel.schedule, shape.layout, grid, batch // parallel.data, seq_len)
 
 
 def check_logger(logger: LoggerConfig) -> None:

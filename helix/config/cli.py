@@ -22,9 +22,10 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from helix.config import environment
+from helix.config.check import check as check_infer
 from helix.config.compose import Composed, compose_jobs, prepare
 from helix.config.explain import FORM, explain
-from helix.config.job import Agree, Collect, Command, Task, hand_to_hydra, settle, stop
+from helix.config.job import Agree, Check, Collect, Command, Task, hand_to_hydra, settle, stop
 from helix.config.multirun import run_sweep
 from helix.config.schema import ConfigError, InferConfig, PartitionError
 
@@ -38,6 +39,8 @@ def command(
     conf: Path,
     collect: Collect | None = None,
     agree: Agree | None = None,
+    schema: type = InferConfig,
+    check: Check = check_infer,
 ) -> Callable[[Task], Callable[[], None]]:
     """Turn `task(settings, run_dir)` into a command with Hydra's command line; see `Command` for the arguments.
 
@@ -48,7 +51,7 @@ def command(
     def decorate(task: Task) -> Callable[[], None]:
         def main() -> None:
             try:
-                _main(Command(name, conf, task, collect, agree))
+                _main(Command(name, conf, task, collect, agree, schema, check))
             except KeyboardInterrupt:
                 stop("interrupted", code=130)
 
@@ -59,7 +62,7 @@ def command(
 
 def _main(this: Command) -> None:
     args = _arguments()
-    prepare(args.overrides)
+    prepare(args.overrides, this.name, this.schema)
     composed = Composed(None) if _is_about_hydra(args) else _compose(this, args)
     if not _runs(args):
         hand_to_hydra(this, lambda cfg: None)
@@ -71,7 +74,7 @@ def _main(this: Command) -> None:
 
 def _run(this: Command, cfg: DictConfig) -> None:
     """The command's one job."""
-    one, misfit = settle(cfg, this.conf, folder="hydra.run.dir")
+    one, misfit = settle(this, cfg, folder="hydra.run.dir")
     if misfit is not None:
         stop(misfit, code=2)
     if not environment.speaks():
@@ -113,7 +116,7 @@ def _compose(this: Command, args: argparse.Namespace) -> Composed:
     except (ConfigError, PartitionError) as error:
         stop(str(error), code=2)
     except REFUSALS as error:
-        stop(explain(error, InferConfig, this.conf, args.overrides), code=2)
+        stop(explain(error, this.schema, this.conf, args.overrides), code=2)
 
 
 __all__ = ["command", "stop"]

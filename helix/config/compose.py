@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from helix.config.explain import missing_value, unknown_key
 from helix.config.methods import to_name
-from helix.config.schema import ConfigError, InferConfig, ParallelConfig, register
+from helix.config.schema import ConfigError, InferConfig, ParallelConfig, Settings, register
 from helix.config.sweep import SweepJob, folder_name
 
 VERSION_BASE = "1.3"  # of Hydra's defaults; among them, that a job does not change the working directory
@@ -41,18 +41,20 @@ class Composed:
     sweep: DictConfig | None = None
 
 
-def prepare(overrides: Sequence[str] = ()) -> None:
-    """Make known to Hydra what conf/ refers to: the schemas, and the resolvers that name folders.
+def prepare(overrides: Sequence[str] = (), name: str = "infer", schema: type = InferConfig) -> None:
+    """Make known to Hydra what conf/ refers to: the command's schema, and the resolvers that name folders.
 
     Args:
         overrides: the command line's, after which a sweep's folder is named. A job's config holds its own alone,
             and has to come to the same name.
+        name: the command's; conf/{name}.yaml knows the schema as {name}_schema.
+        schema: dataclass of the command's configuration.
     """
-    register()
+    register(f"{name}_schema", schema)
     OmegaConf.register_new_resolver("helix_method", _method_name, replace=True)
     OmegaConf.register_new_resolver("helix_ranks", _ranks, replace=True)
-    name = folder_name(overrides)
-    OmegaConf.register_new_resolver("helix_sweep", lambda: name, replace=True)
+    folder = folder_name(overrides)
+    OmegaConf.register_new_resolver("helix_sweep", lambda: folder, replace=True)
 
 
 def compose_jobs(name: str, conf: Path, args: argparse.Namespace) -> Composed:
@@ -115,23 +117,23 @@ def job_folder(cfg: DictConfig) -> Path:
         singleton.cfg = before
 
 
-def found_jobs(folder: Path) -> list[SweepJob]:
+def found_jobs(folder: Path, schema: type) -> list[SweepJob]:
     """The jobs that have a folder in a sweep's, for a sweep whose jobs nobody knew beforehand."""
     jobs = []
     for config in folder.rglob(".hydra/config.yaml"):
         try:
-            settings = OmegaConf.merge(OmegaConf.structured(InferConfig), OmegaConf.load(config))
+            settings = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.load(config))
             number = OmegaConf.load(config.with_name("hydra.yaml")).hydra.job.num
             overrides = tuple(OmegaConf.load(config.with_name("overrides.yaml")))
-            one = cast(InferConfig, OmegaConf.to_object(settings))
+            one = cast(Settings, OmegaConf.to_object(settings))
         except (OmegaConfBaseException, yaml.YAMLError, OSError, AttributeError):  # killed while Hydra wrote it
             continue
         jobs.append(SweepJob(number, overrides, one, config.parent.parent))
     return sorted(jobs, key=lambda job: job.number)
 
 
-def typed(cfg: DictConfig, conf: Path) -> InferConfig:
-    """A composed job as its dataclass.
+def typed(cfg: DictConfig, conf: Path) -> Any:
+    """A composed job as its dataclass, which its primary config names.
 
     Raises:
         ConfigError: if a value is missing or was removed, or a key was added that the schema lacks.
@@ -139,12 +141,13 @@ def typed(cfg: DictConfig, conf: Path) -> InferConfig:
     cfg = cfg.copy()
     with open_dict(cfg):
         cfg.pop("hydra", None)
+    schema = cast(type, OmegaConf.get_type(cfg))
     added, removed = _changes(cfg)
     if added:
-        raise ConfigError(unknown_key(added[0], InferConfig))
+        raise ConfigError(unknown_key(added[0], schema))
     if missing := sorted(OmegaConf.missing_keys(cfg)) or removed:
-        raise ConfigError(missing_value(missing[0], InferConfig, conf))
-    return cast(InferConfig, OmegaConf.to_object(cfg))
+        raise ConfigError(missing_value(missing[0], schema, conf))
+    return OmegaConf.to_object(cfg)
 
 
 def check_folder(cfg: DictConfig, key: str) -> None:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import hydra
 from omegaconf import DictConfig
@@ -16,10 +16,12 @@ from helix.config import environment
 from helix.config.check import check
 from helix.config.compose import VERSION_BASE, check_folder, typed
 from helix.config.explain import explain
-from helix.config.schema import ConfigError, InferConfig, Misfit, PartitionError
+from helix.config.schema import ConfigError, InferConfig, Misfit, PartitionError, Settings
 from helix.config.sweep import SweepJob
 
-Task = Callable[[InferConfig, Path], None]
+# Both are given the command's own configuration: an instance of `Command.schema`.
+Task = Callable[[Any, Path], None]
+Check = Callable[[Any], None]
 Collect = Callable[[Path, Sequence[SweepJob]], None]
 Agree = Callable[[list[str]], list[str]]
 
@@ -43,6 +45,8 @@ class Command:
         collect: called with a sweep's folder and jobs when they have ended, to make its table.
         agree: gives every rank that a launcher started rank 0's words. They must run the same jobs, and could find
             different ones: a report that rank 0 writes meanwhile, or another amount of free memory.
+        schema: dataclass of its configuration (`Settings`), known to conf/{name}.yaml as {name}_schema.
+        check: refuses what a configuration has wrong, before anything is launched.
     """
 
     name: str
@@ -50,6 +54,8 @@ class Command:
     task: Task
     collect: Collect | None = None
     agree: Agree | None = None
+    schema: type = InferConfig
+    check: Check = check
 
 
 def stop(reason: str, code: int) -> NoReturn:
@@ -65,7 +71,7 @@ def hand_to_hydra(this: Command, job: Callable[[DictConfig], float | None]) -> N
     hydra.main(version_base=VERSION_BASE, config_path=str(this.conf), config_name=this.name)(job)()
 
 
-def settle(cfg: DictConfig, conf: Path, folder: str | None = None, where: str = "") -> tuple[InferConfig, str | None]:
+def settle(this: Command, cfg: DictConfig, folder: str | None = None, where: str = "") -> tuple[Any, str | None]:
     """A job's settings, and why they cannot run if they do not fit together, or not on this machine.
 
     Any other fault of theirs ends the command.
@@ -76,9 +82,9 @@ def settle(cfg: DictConfig, conf: Path, folder: str | None = None, where: str = 
     """
     misfit = None
     try:
-        one = typed(cfg, conf)
+        one: Settings = typed(cfg, this.conf)
         try:
-            check(one)
+            this.check(one)
         except (PartitionError, Misfit) as error:
             misfit = str(error)
         if folder is not None:
@@ -86,5 +92,5 @@ def settle(cfg: DictConfig, conf: Path, folder: str | None = None, where: str = 
     except ConfigError as error:
         stop(where + str(error), code=2)
     except OmegaConfBaseException as error:  # an interpolation that leads nowhere
-        stop(explain(error, InferConfig, conf, []), code=2)
+        stop(explain(error, this.schema, this.conf, []), code=2)
     return one, misfit

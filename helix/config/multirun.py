@@ -18,6 +18,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from hydra._internal.core_plugins import basic_launcher
 from hydra.core.hydra_config import HydraConfig
@@ -26,8 +27,8 @@ from omegaconf import DictConfig
 from helix.config import environment
 from helix.config.compose import Composed, found_jobs, job_folder, sweep_folder
 from helix.config.job import Command, Stop, Task, hand_to_hydra, settle, stop
-from helix.config.schema import InferConfig
-from helix.config.sweep import FAILED, SKIPPED, Progress, SweepJob, forget, keep, labels, outcome, report_of
+from helix.config.schema import Settings
+from helix.config.sweep import FAILED, SKIPPED, Progress, SweepJob, forget, keep, labels, objective, outcome, report_of
 
 _BASIC = f"{basic_launcher.__name__}.{basic_launcher.BasicLauncher.__name__}"
 
@@ -38,7 +39,7 @@ def run_sweep(this: Command, composed: Composed, sweep: DictConfig) -> None:
     launcher = environment.started()
     if launcher is not None and (composed.jobs is None or not basic):
         stop(_cannot_follow(launcher.by, sweep), code=2)
-    jobs = None if composed.jobs is None else _plan(composed.jobs, this.conf, folder)
+    jobs = None if composed.jobs is None else _plan(this, composed.jobs, folder)
     found = None if jobs is None else _look(jobs)
     if launcher is not None and found is not None and this.agree is not None:
         found = this.agree(found)
@@ -60,7 +61,7 @@ def run_sweep(this: Command, composed: Composed, sweep: DictConfig) -> None:
             "another hydra.sweep.dir=",
             file=sys.stderr,
         )
-    _end(this, folder, found_jobs(folder) if jobs is None else jobs)
+    _end(this, folder, found_jobs(folder, this.schema) if jobs is None else jobs)
 
 
 def _cannot_follow(by: str, sweep: DictConfig) -> str:
@@ -71,13 +72,13 @@ def _cannot_follow(by: str, sweep: DictConfig) -> str:
     )
 
 
-def _plan(jobs: list[DictConfig], conf: Path, folder: Path) -> list[SweepJob]:
+def _plan(this: Command, jobs: list[DictConfig], folder: Path) -> list[SweepJob]:
     """The jobs of a sweep, those that cannot run with their reason."""
     plan = []
     for number, cfg in enumerate(jobs):
         overrides = tuple(cfg.hydra.overrides.task)
         where = f"job {number} ({' '.join(overrides)}): " if len(jobs) > 1 else ""
-        one, misfit = settle(cfg, conf, folder="hydra.sweep.dir", where=where)
+        one, misfit = settle(this, cfg, folder="hydra.sweep.dir", where=where)
         plan.append(SweepJob(number, overrides, _in_group(one, folder), job_folder(cfg), misfit))
     if all(job.reason is not None for job in plan):
         first = plan[0]
@@ -102,7 +103,7 @@ def _to_run(jobs: list[SweepJob] | None, found: list[str] | None) -> list[SweepJ
 def _sweep_job(
     this: Command, progress: Progress, folder: Path, jobs: list[SweepJob] | None, found: list[str] | None
 ) -> Callable[[DictConfig], float]:
-    """What Hydra calls for each job: returns its tokens/s, which a sweeper may maximise, or NaN."""
+    """What Hydra calls for each job: returns the command's figure that a sweeper may look at, or NaN."""
 
     def job(cfg: DictConfig) -> float:
         own = HydraConfig.get()
@@ -110,7 +111,7 @@ def _sweep_job(
         if jobs is not None and found is not None:  # all ranks have agreed
             one, misfit, done = jobs[number].settings, jobs[number].reason, found[number] == "done"
         else:
-            one, misfit = settle(cfg, this.conf)
+            one, misfit = settle(this, cfg)
             one = _in_group(one, folder)
             done = report_of(here, one) is not None
         if done:
@@ -120,13 +121,12 @@ def _sweep_job(
             progress.skipped(number, one, misfit)
         else:
             _attempt(this.task, progress, number, one, here)
-        report = report_of(here, one)
-        return float(report["tokens_per_s"]["mean"]) if report is not None else float("nan")
+        return objective(here, one)
 
     return job
 
 
-def _attempt(task: Task, progress: Progress, number: int, one: InferConfig, folder: Path) -> None:
+def _attempt(task: Task, progress: Progress, number: int, one: Settings, folder: Path) -> None:
     """Run one job of a sweep; an error in it is kept in its folder."""
     forget(folder)
     progress.begin(number, one)
@@ -162,6 +162,6 @@ def _end(this: Command, folder: Path, jobs: Sequence[SweepJob]) -> None:
         stop(f"{len(failed)} of {len(jobs)} jobs failed ({', '.join(failed)}); the same command tries them again", 1)
 
 
-def _in_group(one: InferConfig, folder: Path) -> InferConfig:
+def _in_group(one: Any, folder: Path) -> Any:
     """Jobs of a sweep are one W&B group, named after its folder unless another name was given."""
     return replace(one, logger=replace(one.logger, group=one.logger.group or folder.name))

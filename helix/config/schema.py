@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import Field, asdict, dataclass, field
+from typing import Any, ClassVar, Protocol
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
@@ -39,6 +39,31 @@ def one_of(default: str, choices: tuple[str, ...]) -> Any:
 def at_least(bound: int, default: Any = MISSING) -> Any:
     """A numeric field with a lower bound (inclusive); null, where its type allows that, is not held against it."""
     return field(default=default, metadata={"at_least": bound})
+
+
+def bounded(default: Any = MISSING, **bounds: float) -> Any:
+    """A numeric field with any of the bounds `at_least`, `above`, `at_most` and `below`."""
+    assert bounds.keys() <= {"at_least", "above", "at_most", "below"}, bounds
+    return field(default=default, metadata=bounds)
+
+
+class Settings(Protocol):
+    """What the configuration of every command has; a dataclass.
+
+    Attributes:
+        REPORT: name of the file that a finished job leaves in its folder; its `settings` is the job's `digest`.
+        OBJECTIVE: keys that lead to the report's figure for a sweeper that chooses the next job by the last.
+    """
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+    REPORT: ClassVar[str]
+    OBJECTIVE: ClassVar[tuple[str, ...]]
+
+    @property
+    def parallel(self) -> ParallelConfig: ...
+
+    @property
+    def logger(self) -> LoggerConfig: ...
 
 
 @dataclass
@@ -146,6 +171,9 @@ class InferConfig:
     `baseline` are methods, by name, that take turns with the main one; `profile` writes a trace of every rank.
     """
 
+    REPORT: ClassVar[str] = "report.json"
+    OBJECTIVE: ClassVar[tuple[str, ...]] = ("tokens_per_s", "mean")
+
     parallel: ParallelConfig = MISSING
     model: ModelConfig = MISSING
     hardware: HardwareConfig = MISSING
@@ -158,15 +186,15 @@ class InferConfig:
     device: str = one_of("auto", ("auto", "cpu", "cuda"))
 
 
-def digest(settings: InferConfig) -> str:
+def digest(settings: Settings) -> str:
     """Twelve hexadecimal digits that two jobs share if they measure the same; where the results go is left out."""
     what = {key: value for key, value in asdict(settings).items() if key != "logger"}
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def register() -> None:
-    """Make the schemas known to Hydra; conf/infer.yaml names its own first in its defaults list."""
-    ConfigStore.instance().store(name="infer_schema", node=InferConfig)
+def register(name: str = "infer_schema", schema: type = InferConfig) -> None:
+    """Make a command's schema known to Hydra; its primary config (conf/infer.yaml) names it first in its defaults."""
+    ConfigStore.instance().store(name=name, node=schema)
 
 
 def to_grid(parallel: ParallelConfig) -> Grid:
@@ -219,8 +247,10 @@ __all__ = [
     "ModelConfig",
     "ParallelConfig",
     "PartitionError",
+    "Settings",
     "WorkloadConfig",
     "at_least",
+    "bounded",
     "digest",
     "expert_parallel",
     "expert_ranks",

@@ -4,7 +4,7 @@ The same command has the same folder (`folder_name`), and what became of a job i
 that a sweep that was killed goes on where it was, and so that a job needs nothing of the process that composed
 it: under Hydra's joblib and Submitit launchers it runs in another one.
 
-    report.json    finished, if it is about these settings (its `settings` is their digest)
+    report.json    (by the command's name for it) finished, if its `settings` is the digest of these
     skipped.json   it cannot run: "reason"
     failed.json    it ended with an error: "reason", "traceback"; tried again by the next start
 """
@@ -27,9 +27,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
 from helix.config.methods import to_name
-from helix.config.schema import InferConfig, digest
+from helix.config.schema import InferConfig, Settings, digest
 
-REPORT, SKIPPED, FAILED = "report.json", "skipped.json", "failed.json"
+REPORT, SKIPPED, FAILED = InferConfig.REPORT, "skipped.json", "failed.json"
 _NAMED = ("parallel", "parallel.method", "parallel.m", "parallel.n", "parallel.stage", "parallel.schedule")
 
 
@@ -47,7 +47,7 @@ class SweepJob:
 
     number: int
     overrides: tuple[str, ...]
-    settings: InferConfig
+    settings: Settings
     folder: Path
     reason: str | None = None
 
@@ -81,10 +81,18 @@ def folder_name(overrides: Sequence[str]) -> str:
     return f"{readable}_{hashlib.sha256(json.dumps(own).encode()).hexdigest()[:8]}"
 
 
-def report_of(folder: Path, settings: InferConfig) -> dict[str, Any] | None:
+def report_of(folder: Path, settings: Settings) -> dict[str, Any] | None:
     """The report in a job's folder, if it can be read and is about these settings."""
-    content = _read(folder / REPORT)
+    content = _read(folder / settings.REPORT)
     return content if content is not None and content.get("settings") == digest(settings) else None
+
+
+def objective(folder: Path, settings: Settings) -> float:
+    """The figure of a job's report by which a sweeper may choose the next; NaN without a report."""
+    value: Any = report_of(folder, settings)
+    for key in settings.OBJECTIVE:
+        value = value.get(key) if isinstance(value, dict) else None
+    return float("nan") if value is None else float(value)
 
 
 def outcome(job: SweepJob) -> Outcome:
@@ -96,7 +104,8 @@ def outcome(job: SweepJob) -> Outcome:
     for status, name in (("skipped", SKIPPED), ("failed", FAILED)):
         if (content := _read(job.folder / name)) is not None:
             return Outcome(status, str(content.get("reason")))
-    return Outcome("open", f"{REPORT} is not a report of this job" if (job.folder / REPORT).exists() else None)
+    name = job.settings.REPORT
+    return Outcome("open", f"{name} is not a report of this job" if (job.folder / name).exists() else None)
 
 
 def keep(folder: Path, name: str, **content: str) -> None:
@@ -130,12 +139,12 @@ def others(jobs: Sequence[SweepJob]) -> list[tuple[str, ...]]:
     ]
 
 
-def duration_s(folder: Path, settings: InferConfig) -> float | None:
+def duration_s(folder: Path, settings: Settings) -> float | None:
     """How long a finished job took, from its report: the start that it notes, and the time of its writing."""
     report = report_of(folder, settings)
     try:
         began = datetime.fromisoformat(str((report or {})["started_at"])).timestamp()
-        return max(0.0, (folder / REPORT).stat().st_mtime - began)
+        return max(0.0, (folder / settings.REPORT).stat().st_mtime - began)
     except (KeyError, ValueError, OSError):
         return None
 
@@ -157,10 +166,10 @@ class Progress:
         spans = [duration_s(job.folder, job.settings) for job in jobs or () if before[job.number] == "done"]
         self._spans_s = [span for span in spans if span is not None]
 
-    def name(self, number: int, settings: InferConfig) -> str:
+    def name(self, number: int, settings: Settings) -> str:
         return self._names[number] if self._names is not None else to_name(settings.parallel)
 
-    def begin(self, number: int, settings: InferConfig) -> None:
+    def begin(self, number: int, settings: Settings) -> None:
         """Say that a job begins."""
         counted = [
             f"{self._ended[status]} {status}" for status in ("skipped", "done", "failed") if self._ended[status]
@@ -176,15 +185,15 @@ class Progress:
         if status == "done":
             self._spans_s.append(span_s)
 
-    def done_before(self, number: int, settings: InferConfig) -> None:
+    def done_before(self, number: int, settings: Settings) -> None:
         """Say that an earlier start measured a job."""
         self._say(number, settings, " already measured")
 
-    def skipped(self, number: int, settings: InferConfig, reason: str) -> None:
+    def skipped(self, number: int, settings: Settings, reason: str) -> None:
         """Say why a job cannot run."""
         self._say(number, settings, f" skipped: {reason}")
 
-    def _say(self, number: int, settings: InferConfig, what: str) -> None:
+    def _say(self, number: int, settings: Settings, what: str) -> None:
         total = f" of {len(self._names)}" if self._names is not None else ""
         print(f"job {number + 1}{total}: {self.name(number, settings)}{what}", file=sys.stderr, flush=True)
 

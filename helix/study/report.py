@@ -213,7 +213,7 @@ class Report(Measurement):
 
 def to_json(report: Report) -> str:
     """The report as JSON. What is not finite becomes null: JSON has neither NaN nor infinity."""
-    content = _plain(report)
+    content = plain(report)
     for measured in (content, *content["baselines"]):
         accuracy = measured.get("accuracy", {})
         if accuracy.get("relative_error_to_h_heads", 0) is None:
@@ -222,24 +222,29 @@ def to_json(report: Report) -> str:
 
 
 def write(report: Report, path: Path | str) -> Path:
-    """Write `report.json`, whole or not at all: a reader never meets half a file."""
+    """Write `report.json`."""
+    return write_whole(to_json(report), path)
+
+
+def write_whole(text: str, path: Path | str) -> Path:
+    """Write a file whole or not at all: a reader never meets half of it."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     draft = target.with_name(f".{target.name}.{os.getpid()}")
     try:
-        draft.write_text(to_json(report))
+        draft.write_text(text)
         draft.replace(target)
     finally:
         draft.unlink(missing_ok=True)
     return target
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """A dataclass and what it holds as JSON's own types (`asdict` fails on a defaultdict before Python 3.12)."""
     if is_dataclass(value):
-        return {item.name: _plain(getattr(value, item.name)) for item in fields(value)}
+        return {item.name: plain(getattr(value, item.name)) for item in fields(value)}
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from helix.config.environment import started
 from helix.config.methods import to_name
+from helix.config.schema import InferConfig
 from helix.config.sweep import SweepJob, labels, others, outcome, report_of
 from helix.study.table import figure, size
 
@@ -103,6 +104,7 @@ def _row_names() -> list[str]:
 
 def _row(job: SweepJob) -> dict[str, Any]:
     settings, became = job.settings, outcome(job)
+    assert isinstance(settings, InferConfig)
     parallel, work = settings.parallel, settings.workload
     row: dict[str, Any] = {
         "job": job.number,

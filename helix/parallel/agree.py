@@ -1,0 +1,68 @@
+"""One answer for all ranks: what one of them cannot read or write, every rank learns, in one sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+
+from helix.parallel.manifest import CheckpointError
+
+T = TypeVar("T")
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def from_rank_0(fn: Callable[[], T]) -> T:
+    """What `fn` returns on rank 0, on every rank; an OSError of it as one sentence, on every rank."""
+    answer: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            answer[0] = fn()
+        except OSError as error:
+            answer[1] = sentence(error)
+    if dist.is_initialized():
+        dist.broadcast_object_list(answer)
+    if answer[1] is not None:
+        raise CheckpointError(answer[1])
+    value: T = answer[0]
+    return value
+
+
+def together(fn: Callable[[], T]) -> T:
+    """`fn()` on every rank; if it fails on any, the first such rank's reason on all, so that none waits."""
+    result, reason, cause = None, None, None
+    try:
+        result = fn()
+    except Exception as error:
+        reason, cause = sentence(error), error
+    reasons = [reason]
+    if dist.is_initialized():
+        reasons = [None] * dist.get_world_size()
+        dist.all_gather_object(reasons, reason)
+    for each in reasons:
+        if each is not None:
+            raise CheckpointError(each) from cause
+    return result  # type: ignore[return-value]
+
+
+def told(fn: Callable[[], T], checkpoint: Path) -> T:
+    """`fn()`, with DCP's report of every rank's traceback as one sentence: the first rank's."""
+    try:
+        return fn()
+    except CheckpointException as failed:
+        first, (error, _) = min(failed.failures.items())
+        if isinstance(error, CheckpointError):
+            raise error from None
+        raise CheckpointError(f"{checkpoint} failed on rank {first}: {sentence(error)}") from error
+
+
+def sentence(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error) or type(error).__name__

@@ -1,0 +1,287 @@
+"""Checkpoints: saved by every rank, whole or not there at all, loaded on any grid.
+
+    save("checkpoints", module, [optimizer], extra={"epoch": 3}, keep=2, step=350)
+    extra = load("checkpoints", module, [optimizer])    # the newest whole one; on another grid, too
+
+What a checkpoint is on the disk: `helix.parallel.manifest`. Which names and shapes it has: `helix.parallel.whole`.
+Who writes and reads which part: `torch.distributed.checkpoint`.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.optim import Optimizer
+
+from helix.parallel import manifest as files
+from helix.parallel import restoring
+from helix.parallel.agree import from_rank_0, rank, together, told
+from helix.parallel.manifest import About, CheckpointError, CheckpointWarning, Manifest, latest, verify
+from helix.parallel.portable import export, import_
+from helix.parallel.storage import SafetensorsWriter, alone, read_alone
+from helix.parallel.whole import groups, state_tensors, wholes
+
+__all__ = [
+    "BackgroundSaver",
+    "CheckpointError",
+    "CheckpointWarning",
+    "Loaded",
+    "Saved",
+    "export",
+    "import_",
+    "latest",
+    "load",
+    "restore",
+    "save",
+    "verify",
+]
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that was written.
+
+    Args:
+        path: its folder.
+        nbytes: of its tensors, those of all ranks.
+        seconds: from the call until it had its name, as this rank saw it.
+        held_s: of these, how long the caller waited.
+    """
+
+    path: Path
+    nbytes: int
+    seconds: float
+    held_s: float
+
+    def __str__(self) -> str:
+        return f"saved {self.path}: {_rate(self.nbytes, self.seconds)}"
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A checkpoint that was loaded: `nbytes` is what it holds, of which each rank read its part."""
+
+    path: Path
+    step: int
+    extra: dict[str, Any]
+    nbytes: int
+    seconds: float
+
+    def __str__(self) -> str:
+        return f"loaded {self.path}: {_rate(self.nbytes, self.seconds)}"
+
+
+def save(
+    folder: Path | str,
+    module: nn.Module,
+    optimizers: Sequence[Optimizer] = (),
+    extra: dict[str, Any] | None = None,
+    keep: int | None = 3,
+    *,
+    step: int = 0,
+) -> Saved:
+    """Write a new checkpoint into `folder`; every rank calls it, on a folder that all of them see.
+
+    Args:
+        optimizers: whose state is saved with the module's parameters and persistent buffers.
+        extra: plain values (numbers, strings, lists, dicts, None); rank 0's are written.
+        keep: how many of the folder's checkpoints are left, this one included; None for all.
+        step: optimizer steps so far, for its name.
+
+    Raises:
+        CheckpointError: on every rank, if it could not be written; the checkpoints before it are untouched.
+    """
+    began = time.perf_counter()
+    state, writer = _prepare(folder, module, optimizers, extra, keep, step)
+    metadata = _finish(lambda: _save(state, writer), writer)
+    seconds = time.perf_counter() - began
+    return Saved(writer.checkpoint, _nbytes(metadata), seconds, seconds)
+
+
+class BackgroundSaver:
+    """Saves while training goes on: the caller waits for a copy of the state in memory, not for the disk.
+
+    One save is under way at a time; the next waits for it. A process that is killed meanwhile leaves the checkpoints
+    before, as with `save`. Made by every rank at the same point: it has a process group of its own (gloo), whose
+    collectives cannot meet the training's.
+    """
+
+    def __init__(self) -> None:
+        self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self._pending: tuple[Future[Metadata], SafetensorsWriter, float, float, list[float]] | None = None
+
+    def save(
+        self,
+        folder: Path | str,
+        module: nn.Module,
+        optimizers: Sequence[Optimizer] = (),
+        extra: dict[str, Any] | None = None,
+        keep: int | None = 3,
+        *,
+        step: int = 0,
+    ) -> Saved | None:
+        """As the function `save`, in the background; returns what the save before this one was, if there was one.
+
+        Raises:
+            CheckpointError: if the save before this one failed, or this one cannot begin.
+        """
+        done = self.wait()
+        began = time.perf_counter()
+        state, writer = _prepare(folder, module, optimizers, extra, keep, step)
+        ended: list[float] = []
+        if self._group is None:
+            # Nothing to save while: DCP would warn, in its thread, that there is one process.
+            future: Future[Metadata] = Future()
+            future.set_result(_finish(lambda: _save(state, writer), writer))
+        else:
+            answer = dcp.async_save(state, storage_writer=writer, process_group=self._group)
+            assert isinstance(answer, Future)
+            future = answer
+        held = time.perf_counter() - began
+        future.add_done_callback(lambda _: ended.append(time.perf_counter()))
+        self._pending = (future, writer, began, held, ended)
+        return done
+
+    def wait(self) -> Saved | None:
+        """Wait for the save that is under way, if any, and return what it was.
+
+        Raises:
+            CheckpointError: if it failed.
+        """
+        if self._pending is None:
+            return None
+        (future, writer, began, held, ended), self._pending = self._pending, None
+        waited = time.perf_counter()
+        metadata = _finish(future.result, writer)
+        now = time.perf_counter()
+        return Saved(writer.checkpoint, _nbytes(metadata), (ended or [now])[0] - began, held + now - waited)
+
+
+def load(checkpoint: Path | str, module: nn.Module, optimizers: Sequence[Optimizer] = ()) -> dict[str, Any]:
+    """`restore`, for its `extra` alone."""
+    return restore(checkpoint, module, optimizers).extra
+
+
+def restore(checkpoint: Path | str, module: nn.Module, optimizers: Sequence[Optimizer] = ()) -> Loaded:
+    """Load a checkpoint into a module, and its optimizers' state; every rank calls it, of any grid.
+
+    Every file is checked first, each by one rank. A module may be a part of the one that was saved, such as the
+    model of a LightningModule: names are then found under the prefix that fits all of them. Parameters keep their
+    own dtype.
+
+    Args:
+        checkpoint: one checkpoint, or a folder of them: its newest whole one. Of each newer one that is not whole,
+            rank 0 warns (CheckpointWarning).
+        optimizers: those of the module, in the order in which they were saved; none to load weights only.
+
+    Raises:
+        CheckpointError: on every rank, if there is no whole one, or it does not fit the module or the optimizers.
+    """
+    began = time.perf_counter()
+    path, manifest = _choose(Path(checkpoint))
+    found = wholes(module)
+    prefix = restoring.prefix(found, manifest, path)
+    restoring.check(found, prefix, manifest, path, optimizers)
+    target = restoring.Target(found, prefix, manifest, optimizers)
+    together(lambda: read_alone(path, manifest, target.tensors))
+    target.finish()
+    seconds = time.perf_counter() - began
+    return Loaded(path, manifest.about.step, manifest.about.extra, manifest.nbytes, seconds)
+
+
+def _prepare(
+    folder: Path | str,
+    module: nn.Module,
+    optimizers: Sequence[Optimizer],
+    extra: dict[str, Any] | None,
+    keep: int | None,
+    step: int,
+) -> tuple[dict[str, Tensor], SafetensorsWriter]:
+    """What is saved, by name, and the writer of a checkpoint whose path all ranks agree on."""
+    if keep is not None and keep < 1:
+        raise CheckpointError(f"keep={keep} would remove the checkpoint that is being saved; keep at least 1, or None")
+    found = wholes(module)
+    state = {name: whole.gather(whole.parts) for name, whole in found.items()}
+    about = About(step, files.plain(extra or {}, "extra"), [])
+    for index, optimizer in enumerate(optimizers):
+        state |= state_tensors(found, optimizer)
+        own = {"type": type(optimizer).__name__, "groups": groups(found, optimizer)}
+        about.optimizers.append(files.plain(own, f"optimizers[{index}]"))
+    path = from_rank_0(lambda: files.next_path(Path(folder), step))
+    return state, SafetensorsWriter(path, about, keep)
+
+
+def _save(state: dict[str, Tensor], writer: SafetensorsWriter) -> Metadata:
+    if dist.is_initialized():
+        return dcp.save(state, storage_writer=writer)
+    with alone():
+        return dcp.save(state, storage_writer=writer, no_dist=True)
+
+
+def _finish(fn: Callable[[], Metadata], writer: SafetensorsWriter) -> Metadata:
+    """`fn()`, which saves; if that fails on any rank, the draft is removed, so that a full disk is not fuller."""
+    try:
+        return told(fn, writer.checkpoint)
+    except CheckpointError:
+        if rank() == 0:  # every rank has stopped writing: DCP gathers their failures
+            shutil.rmtree(writer.draft, ignore_errors=True)
+        raise
+
+
+def _choose(checkpoint: Path) -> tuple[Path, Manifest]:
+    """The checkpoint that is meant, its files checked by all ranks together."""
+    candidates, one = from_rank_0(lambda: _candidates(checkpoint))
+    refused: list[str] = []
+    for path in candidates:
+        try:
+            manifest = together(partial(_check_share, path))
+        except CheckpointError as error:
+            refused.append(str(error))
+            continue
+        if rank() == 0:
+            files.warn_refused(refused, path)
+        return path, manifest
+    if one:
+        raise CheckpointError(refused[0])
+    raise CheckpointError(
+        files.none_whole(checkpoint, refused) if refused else f"{checkpoint} is no checkpoint, and holds none"
+    )
+
+
+def _candidates(checkpoint: Path) -> tuple[list[Path], bool]:
+    """The newest first; and whether it is the one that was asked for."""
+    inside = files.checkpoints(checkpoint)
+    return (list(reversed(inside)), False) if inside or not checkpoint.exists() else ([checkpoint], True)
+
+
+def _check_share(path: Path) -> Manifest:
+    """Check the manifest and this rank's share of the files."""
+    manifest = files.read(path)
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    files.check_files(path, manifest, sorted(manifest.files)[rank() :: ranks])
+    return manifest
+
+
+def _nbytes(metadata: Metadata) -> int:
+    """Bytes of the tensors."""
+    total = 0
+    for tensor in metadata.state_dict_metadata.values():
+        if isinstance(tensor, dcp.TensorStorageMetadata):
+            total += tensor.size.numel() * torch.empty((), dtype=tensor.properties.dtype).element_size()
+    return total
+
+
+def _rate(nbytes: int, seconds: float) -> str:
+    return f"{nbytes / 1e6:.1f} MB in {seconds:.2f} s ({nbytes / 1e6 / max(seconds, 1e-9):.0f} MB/s)"

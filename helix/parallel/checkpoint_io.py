@@ -1,0 +1,241 @@
+"""`HelixCheckpoints`: a Lightning Trainer that saves as it goes and continues where it was.
+
+    Trainer(strategy=HelixStrategy(Grid(2, 2)), callbacks=[HelixCheckpoints("checkpoints", every_n_steps=50)], ..)
+
+Not Lightning's own checkpoints, which gather the whole model on rank 0 or pickle one rank's objects.
+"""
+
+from __future__ import annotations
+
+import base64
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from helix.parallel.checkpoint import BackgroundSaver, CheckpointError, Loaded, Saved, restore, save
+from helix.parallel.manifest import checkpoints, plain
+
+
+class HelixCheckpoints(Callback):
+    """Saves every n optimizer steps and at the end, and resumes before the first step.
+
+    What comes back: parameters, optimizers, learning-rate schedules, the loops' progress (global step, epoch, batch),
+    the loss scaler, `module.data_position` if the module has that attribute, the plain state of other callbacks
+    (such as Lightning's Timer for `max_time`), what the module's `on_save_checkpoint` put into its dict (plain
+    values), and each rank's random-number generators. On another number of ranks the generators are rank 0's for
+    all; nothing else depends on the grid. Callbacks whose state is saved come before this one in the Trainer's list.
+
+    Args:
+        folder: of the checkpoints; all ranks see it.
+        every_n_steps: optimizer steps from one save to the next; None for one at the end only.
+        keep: how many are left; None for all.
+        resume: "latest" (the newest whole one of `folder`; from the start if it has none), a path of a checkpoint or
+            of another folder of them, or None to start anew.
+        background: whether training goes on while the disk is written; see `BackgroundSaver`.
+
+    Attributes:
+        resumed: what was loaded, if anything was.
+        last: the last save that is known to be whole.
+
+    Raises:
+        CheckpointError: if `resume` names what cannot be loaded, or a save failed.
+    """
+
+    def __init__(
+        self,
+        folder: Path | str,
+        every_n_steps: int | None = None,
+        keep: int | None = 3,
+        resume: Path | str | None = "latest",
+        background: bool = False,
+    ) -> None:
+        if every_n_steps is not None and every_n_steps < 1:
+            raise CheckpointError(f"every_n_steps must be at least 1, not {every_n_steps}; None saves at the end only")
+        self.folder, self.every_n_steps, self.keep = Path(folder), every_n_steps, keep
+        self.resume, self.background = resume, background
+        self.resumed: Loaded | None = None
+        self.last: Saved | None = None
+        self._saver: BackgroundSaver | None = None
+        self._saved_step = self._seen_step = 0
+        self._loops: dict[str, Any] | None = None
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Lightning restores its own checkpoints right after this hook: the optimizers are there, the loops and the
+        # training data not yet begun.
+        self._saver = BackgroundSaver() if self.background else None
+        self.resumed, self._loops = None, None
+        self._saved_step = self._seen_step = trainer.global_step
+        source = self._source(trainer)
+        if source is None:
+            return
+        self.resumed = restore(source, pl_module, trainer.optimizers)
+        _set_state(trainer, pl_module, self.resumed.extra, self)
+        self._saved_step = self._seen_step = trainer.global_step
+        rank_zero_info(f"resumed after step {self.resumed.step}; {self.resumed}")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.resumed is None:
+            return
+        _log(trainer, {"checkpoint/load_s": self.resumed.seconds, "checkpoint/load_bytes": self.resumed.nbytes})
+        # Late, since Lightning's set-up of loaders draws from them.
+        states = self.resumed.extra["random"]
+        _set_random(states[trainer.global_rank if len(states) == trainer.world_size else 0])
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        if step == self._seen_step:  # gradients were accumulated, and that was all
+            return
+        self._seen_step = step
+        # A save after the loops have ended has to say how they stood at the last step.
+        self._loops = trainer.fit_loop.state_dict()
+        if step == trainer.max_steps or (self.every_n_steps is not None and step % self.every_n_steps == 0):
+            self._save(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.global_step > self._saved_step and self._loops is not None:
+            self._save(trainer, pl_module)
+        if self._saver is not None:
+            self._report(trainer, self._saver.wait())
+
+    def _source(self, trainer: Trainer) -> Path | None:
+        if self.resume is None:
+            return None
+        if str(self.resume) != "latest":
+            return Path(self.resume)
+        # Rank 0's answer for all: the folder may be listed at slightly different times.
+        return self.folder if trainer.strategy.broadcast(bool(checkpoints(self.folder))) else None
+
+    def _save(self, trainer: Trainer, module: LightningModule) -> None:
+        assert self._loops is not None
+        self._saved_step = step = trainer.global_step
+        extra = _state(trainer, module, self._loops, self)
+        write = save if self._saver is None else self._saver.save
+        self._report(trainer, write(self.folder, module, trainer.optimizers, extra, self.keep, step=step))
+
+    def _report(self, trainer: Trainer, saved: Saved | None) -> None:
+        if saved is None:
+            return
+        self.last = saved
+        rank_zero_info(str(saved))
+        _log(
+            trainer,
+            {
+                "checkpoint/save_s": saved.seconds,
+                "checkpoint/held_s": saved.held_s,
+                "checkpoint/save_bytes": saved.nbytes,
+            },
+        )
+
+
+def _state(trainer: Trainer, module: LightningModule, loops: dict[str, Any], own: HelixCheckpoints) -> dict[str, Any]:
+    """What a resumed run needs besides tensors, as plain values; equal on all ranks but for `random`."""
+    extra: dict[str, Any] = {
+        "step": trainer.global_step,
+        "loops": loops,
+        "schedules": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
+        "precision": _numbers(trainer.precision_plugin.state_dict()),
+        "callbacks": _callbacks(trainer, own),
+        "random": _everyones(_random()),
+        "module": {},
+    }
+    module.on_save_checkpoint(extra["module"])
+    if hasattr(module, "data_position"):
+        extra["data_position"] = module.data_position
+    return extra
+
+
+def _set_state(trainer: Trainer, module: LightningModule, extra: dict[str, Any], own: HelixCheckpoints) -> None:
+    if "loops" not in extra:
+        raise CheckpointError("this checkpoint holds weights only, without a run to resume; load it with `load`")
+    trainer.fit_loop.load_state_dict(extra["loops"])
+    for config, state in zip(trainer.lr_scheduler_configs, extra["schedules"], strict=True):
+        config.scheduler.load_state_dict(state)
+    if extra["precision"]:
+        trainer.precision_plugin.load_state_dict(extra["precision"])
+    for callback in _others(trainer, own):
+        if callback.state_key in extra["callbacks"]:
+            callback.load_state_dict(extra["callbacks"][callback.state_key])
+    module.on_load_checkpoint(extra["module"])
+    if "data_position" in extra:
+        module.data_position = extra["data_position"]
+
+
+def _others(trainer: Trainer, own: HelixCheckpoints) -> list[Callback]:
+    return [callback for callback in trainer.callbacks if callback is not own]  # type: ignore[attr-defined]
+
+
+def _callbacks(trainer: Trainer, own: HelixCheckpoints) -> dict[str, Any]:
+    """The state of the callbacks whose state is plain values; the others' start anew."""
+    states = {}
+    for callback in _others(trainer, own):
+        try:
+            state = plain(_numbers(callback.state_dict()), callback.state_key)
+        except CheckpointError:
+            continue
+        if state:
+            states[callback.state_key] = state
+    return states
+
+
+def _numbers(value: Any) -> Any:
+    """Tensors of one element as numbers, within dicts."""
+    if isinstance(value, dict):
+        return {key: _numbers(each) for key, each in value.items()}
+    return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+
+
+def _random() -> dict[str, Any]:
+    """The states of this rank's generators."""
+    version, words, gauss = random.getstate()
+    generator = np.random.get_state(legacy=False)
+    assert isinstance(generator, dict)
+    inner = generator["state"]
+    state = {
+        "torch": _encode(torch.get_rng_state()),
+        "python": [version, list(words), gauss],
+        "numpy": generator | {"state": inner | {"key": inner["key"].tolist()}},
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = _encode(torch.cuda.get_rng_state())
+    return state
+
+
+def _set_random(state: dict[str, Any]) -> None:
+    torch.set_rng_state(_decode(state["torch"]))
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    inner = state["numpy"]["state"]
+    np.random.set_state(state["numpy"] | {"state": inner | {"key": np.array(inner["key"], dtype=np.uint32)}})
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(_decode(state["cuda"]))
+
+
+def _encode(state: Tensor) -> str:
+    return base64.b64encode(state.numpy().tobytes()).decode()
+
+
+def _decode(text: str) -> Tensor:
+    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+
+
+def _everyones(value: dict[str, Any]) -> list[Any]:
+    """Every rank's value, on rank 0, whose `extra` is written; a rank's own on the others."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(value, values)
+    return values or [value]
+
+
+def _log(trainer: Trainer, figures: dict[str, float]) -> None:
+    for logger in trainer.loggers:
+        logger.log_metrics(figures, step=trainer.global_step)

@@ -1,0 +1,252 @@
+"""Storage for `torch.distributed.checkpoint`: one safetensors file a rank, checksums, a rename when all is there.
+
+DCP plans (which rank writes which box of which tensor, once, and which boxes a rank on another grid reads) and
+carries the plans between the ranks; what is on the disk is `helix.parallel.manifest`'s. Its own two storages were
+looked at and not taken: FileSystemWriter keeps the places of tensors in a pickle, and HuggingFaceStorageWriter has
+no checksums, loses a rank's second box of one tensor, and leaves no place where the whole is known to be written.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.checkpoint import StorageReader, StorageWriter
+from torch.distributed.checkpoint.metadata import (
+    STORAGE_TYPES,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem, SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+
+from helix.parallel import manifest as files
+from helix.parallel.agree import told
+from helix.parallel.manifest import About, CheckpointError, Chunk, Entry, Manifest, Sum
+
+_TYPES = (
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+    torch.bool,
+)
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _TYPES}
+
+
+@dataclass(frozen=True)
+class _Written:
+    """A chunk that a rank wrote, and its file's checksum."""
+
+    chunk: Chunk
+    file: Sum
+
+
+class SafetensorsWriter(StorageWriter):
+    """Writes `checkpoint` as a draft; rank 0, once all have written, adds the manifest and gives it its name.
+
+    Args:
+        checkpoint: a path that does not exist, beside the folder's other checkpoints; the same on all ranks.
+        about: what else it holds; rank 0's is written.
+        keep: how many checkpoints of the folder are left when it is there; None for all.
+    """
+
+    def __init__(self, checkpoint: Path, about: About, keep: int | None = None) -> None:
+        self.checkpoint, self.about, self.keep = checkpoint, about, keep
+        self.draft = files.draft(checkpoint)
+        self.rank = 0
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Nothing is kept from one save to the next: each has its own writer."""
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        self.rank = kwargs.get("rank") or 0
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        self.draft.mkdir(parents=True, exist_ok=True)
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        return plans
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        name = f"rank-{self.rank:05d}.safetensors"
+        tensors: dict[str, Tensor] = {}
+        chunks: dict[MetadataIndex, Chunk] = {}
+        for item in plan.items:
+            assert item.tensor_data is not None
+            box = item.tensor_data.chunk
+            if not prod(box.sizes):  # of a dim with fewer entries than ranks
+                continue
+            tensor = planner.resolve_data(item)
+            assert isinstance(tensor, Tensor)
+            chunk = Chunk(name, tuple(box.offsets), tuple(box.sizes))
+            tensors[chunk.key(item.index.fqn)] = _owned(tensor)
+            chunks[item.index] = chunk
+        results = []
+        if tensors:
+            written = _write(tensors, self.draft / name)
+            results = [
+                WriteResult(index, prod(chunk.shape), _Written(chunk, written)) for index, chunk in chunks.items()
+            ]
+        done: Future[list[WriteResult]] = Future()
+        done.set_result(results)
+        return done
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        chunks: dict[str, list[Chunk]] = defaultdict(list)
+        sums = {}
+        for result in (result for each in results for result in each):
+            written: _Written = result.storage_data
+            chunks[result.index.fqn].append(written.chunk)
+            sums[written.chunk.file] = written.file
+        for name, expected in sums.items():
+            path = self.draft / name
+            if not path.is_file() or path.stat().st_size != expected.nbytes:
+                raise CheckpointError(f"{path} was written by another host, and rank 0 needs a folder that all share")
+        tensors = {
+            name: _entry(whole, name, chunks[name]) for name, whole in sorted(metadata.state_dict_metadata.items())
+        }
+        files.write(Manifest(tensors, sums, self.about), self.draft)
+        files.publish(self.checkpoint, self.keep)
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        return True
+
+
+class SafetensorsReader(StorageReader):
+    """Reads the boxes that a rank needs, and no more, of a checkpoint whose files have been checked."""
+
+    def __init__(self, checkpoint: Path, manifest: Manifest) -> None:
+        self.checkpoint, self.manifest = checkpoint, manifest
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Nothing is kept from one load to the next: each has its own reader."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        tensors: dict[str, STORAGE_TYPES] = {}
+        for name, entry in self.manifest.tensors.items():
+            chunks = [ChunkStorageMetadata(torch.Size(c.offset), torch.Size(c.shape)) for c in entry.chunks]
+            properties = TensorProperties(dtype=dtype_of(entry, name))
+            tensors[name] = TensorStorageMetadata(properties, torch.Size(entry.shape), chunks)
+        return Metadata(tensors)
+
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """All is in the manifest."""
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        return plans
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        chunks = {
+            MetadataIndex(name, chunk.offset): chunk
+            for name, entry in self.manifest.tensors.items()
+            for chunk in entry.chunks
+        }
+        wanted: dict[str, list[tuple[Chunk, ReadItem]]] = defaultdict(list)
+        for item in plan.items:
+            chunk = chunks[item.storage_index]
+            wanted[chunk.file].append((chunk, item))
+        for name, items in wanted.items():
+            with safe_open(self.checkpoint / name, framework="pt") as file:
+                for chunk, item in items:
+                    _read(file, chunk.key(item.storage_index.fqn), item, planner)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        return True
+
+
+def write_alone(checkpoint: Path, tensors: dict[str, Tensor], about: About) -> None:
+    """Write a checkpoint of plain tensors by this process alone."""
+    with alone():
+        told(lambda: dcp.save(tensors, storage_writer=SafetensorsWriter(checkpoint, about), no_dist=True), checkpoint)
+
+
+def read_alone(checkpoint: Path, manifest: Manifest, tensors: dict[str, Tensor]) -> None:
+    """Fill `tensors` in place with what this process holds of them, by this process alone."""
+    with alone():
+        told(
+            lambda: dcp.load(tensors, storage_reader=SafetensorsReader(checkpoint, manifest), no_dist=True), checkpoint
+        )
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """DCP warns of what is meant here: that it works for one process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"torch\.distributed is disabled, unavailable or uninitialized", UserWarning)
+        yield
+
+
+def dtype_of(entry: Entry, name: str) -> torch.dtype:
+    """A tensor's dtype.
+
+    Raises:
+        CheckpointError: if this Helix does not know it.
+    """
+    if entry.dtype not in DTYPES:
+        raise CheckpointError(f"{name} is of dtype {entry.dtype!r}, and a checkpoint holds: {', '.join(DTYPES)}")
+    return DTYPES[entry.dtype]
+
+
+def _read(file: Any, key: str, item: ReadItem, planner: LoadPlanner) -> None:
+    """Copy one box of a file's tensor to where the planner wants it, in that tensor's dtype."""
+    if len(item.lengths):
+        box = tuple(slice(o, o + n) for o, n in zip(item.storage_offsets, item.lengths, strict=True))
+        source = file.get_slice(key)[box]
+    else:
+        source = file.get_tensor(key)
+    target = planner.resolve_tensor(item).detach()
+    assert target.shape == source.shape
+    target.copy_(source)
+    planner.commit_tensor(item, target)
+
+
+def _write(tensors: dict[str, Tensor], path: Path) -> Sum:
+    """Write a file; it is on the disk when this returns. Its checksum is of what can be read of it."""
+    save_file(tensors, path)
+    files.sync(path)
+    return Sum(files.sha256(path), path.stat().st_size)
+
+
+def _owned(tensor: Tensor) -> Tensor:
+    """On the CPU, contiguous, and with a storage of its own, as safetensors asks."""
+    tensor = tensor.detach().cpu().contiguous()
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+
+
+def _entry(whole: STORAGE_TYPES, name: str, chunks: list[Chunk]) -> Entry:
+    assert isinstance(whole, TensorStorageMetadata)
+    dtype = str(whole.properties.dtype).removeprefix("torch.")
+    if dtype not in DTYPES:
+        raise CheckpointError(f"{name} is of dtype {dtype}, and a checkpoint holds: {', '.join(DTYPES)}")
+    return Entry(dtype, tuple(whole.size), tuple(chunks))

@@ -1,0 +1,141 @@
+"""What happens while a model trains: losses and validations recorded, sent to W&B and shown as a progress bar."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Callback, LightningModule, Trainer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+
+from helix.comm import transport
+from helix.config.train_schema import TrainConfig
+from helix.study.learner import NATS_PER_BIT, LanguageModel
+from helix.study.tracking import Tracker
+
+
+class Curves(Callback):
+    """Records the losses of every step and the time that training took; rank 0 logs them.
+
+    Attributes:
+        losses: of each optimizer step, in nats a token, the mean over its batches and the data replicas.
+        validations: (optimizer step, bits per byte).
+        training_s: time spent in training batches; validations are not in it.
+    """
+
+    def __init__(self, settings: TrainConfig, tracker: Tracker) -> None:
+        self.settings, self.tracker = settings, tracker
+        self.losses: list[float] = []
+        self.validations: list[tuple[int, float]] = []
+        self.training_s = 0.0
+        self.batches = 0
+        self._steps: list[Tensor] = []  # since the last record
+        self._began = 0.0
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Training tokens of all replicas a second, the first batch, which prepares much, left out."""
+        data = self.settings.data
+        timed = max(1, self.batches - 1)
+        return timed * data.batch_size * data.seq_len / self.training_s if self.training_s else float("nan")
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._began = time.monotonic()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, LanguageModel)
+        self.batches += 1
+        if self.batches > 1:
+            self.training_s += time.monotonic() - self._began
+        each = self.settings.trainer.accumulate_grad_batches
+        if len(pl_module.losses) < each:
+            return
+        self._steps.append(torch.stack(pl_module.losses).mean())
+        pl_module.losses.clear()
+        limits = self.settings.trainer
+        step = trainer.global_step
+        last = step >= limits.max_steps or trainer.should_stop
+        # A checkpoint holds what is recorded.
+        saves = limits.save_every_n_steps is not None and step % limits.save_every_n_steps == 0
+        if last or saves or step % limits.log_every_n_steps == 0:
+            self._record(trainer, pl_module)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, LanguageModel)
+        self._record(trainer, pl_module)  # W&B drops what comes after a later step
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, LanguageModel)
+        self.validations.append((trainer.global_step, pl_module.validation_bpb))
+        self.tracker.log({"validation/bpb": pl_module.validation_bpb}, step=trainer.global_step)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, LanguageModel)
+        self._record(trainer, pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"losses": list(self.losses), "validations": list(self.validations)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.losses = list(state_dict["losses"])
+        self.validations = [(step, bits) for step, bits in state_dict["validations"]]
+
+    def _record(self, trainer: Trainer, module: LanguageModel) -> None:
+        """The steps since the last record: their losses, averaged over the replicas in one exchange for all."""
+        if not self._steps:
+            return
+        losses = torch.stack(self._steps)
+        self._steps.clear()
+        if module.mesh.data.size > 1:
+            losses = transport.all_reduce(losses, module.mesh.data, "losses") / module.mesh.data.size
+        values = losses.tolist()
+        first = trainer.global_step - len(values) + 1
+        self.losses.extend(values)
+        for step, value in enumerate(values[:-1], first):
+            self.tracker.log({"train/loss": value, "train/bpb": value / NATS_PER_BIT}, step=step)
+        latest = {"train/loss": values[-1], "train/bpb": values[-1] / NATS_PER_BIT, "tokens_per_s": self.tokens_per_s}
+        latest["learning_rate"] = trainer.optimizers[0].param_groups[0]["lr"]
+        self.tracker.log(latest, step=trainer.global_step)
+
+
+class Bar(Callback):
+    """A progress bar over the optimizer's steps, on rank 0, with the latest loss and validation."""
+
+    def __init__(self, settings: TrainConfig, curves: Curves) -> None:
+        self.settings, self.curves = settings, curves
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            disable=dist.get_rank() != 0,
+        )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._progress.start()
+        total = self.settings.trainer.max_steps
+        self._task = self._progress.add_task("training", total=total, completed=trainer.global_step)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, LanguageModel)
+        said = []
+        if self.curves.losses:
+            said.append(f"loss {self.curves.losses[-1] / NATS_PER_BIT:.3f}")
+        if self.curves.validations:
+            said.append(f"validation {self.curves.validations[-1][1]:.3f}")
+        description = f"{', '.join(said)} bits per byte" if said else "training"
+        self._progress.update(self._task, completed=trainer.global_step, description=description)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._progress.stop()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._progress.stop()

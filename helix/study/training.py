@@ -1,0 +1,179 @@
+"""The training that `train.py` runs: Lightning's loop over HelixStrategy, its curves, its report."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch.distributed as dist
+from lightning.pytorch import Callback, Trainer
+
+from helix.comm.launch import launch
+from helix.config.environment import resolve_device, started
+from helix.config.methods import to_name
+from helix.config.schema import ITEMSIZE, digest, to_grid, to_shape
+from helix.config.train_schema import TrainConfig, check_enough
+from helix.parallel.checkpoint_io import HelixCheckpoints
+from helix.parallel.strategy import HelixStrategy
+from helix.partition.cost import cheapest_schedule
+from helix.partition.options import AttentionOptions
+from helix.study.curves import Bar, Curves
+from helix.study.learner import LanguageModel, TrainingBatches, ValidationBatches
+from helix.study.report import Method, Schedules, Tracked, now
+from helix.study.text import TrainingText, corpus, describe, unigram_entropy
+from helix.study.tracking import Tracker, track
+from helix.study.training_report import TrainReport, Validation, show, write
+
+
+def run(settings: TrainConfig, run_dir: Path) -> None:
+    """Train what was configured and checked; write train_report.json and show its table.
+
+    Raises:
+        ConfigError: if the text is too short.
+        RankError: if a rank was killed.
+    """
+    began = now()
+    text = corpus(settings.data.path, settings.data.limit_bytes)
+    check_enough(settings.data, len(text))
+    here = started()
+    device = resolve_device(settings.device, here.local_ranks if here else settings.parallel.ranks)
+    if settings.model.experts:
+        from helix.models.experts import load_deepspeed
+
+        load_deepspeed(device)  # before the ranks are forked, so that they share it
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    reports = launch(_rank, settings, run_dir, device, began, text, ranks=settings.parallel.ranks, device=device)
+    report = reports[0]
+    if report is not None and (here is None or here.rank == 0):
+        show(report)
+
+
+def _rank(settings: TrainConfig, run_dir: Path, device: str, began: str, text: bytes) -> TrainReport | None:
+    """What each rank does; rank 0 returns the report."""
+    run_dir = _agreed(run_dir)
+    if dist.get_rank() != 0:
+        train(settings, device, text, Tracker(None, None), run_dir)
+        return None
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with track(settings.logger, run_dir, asdict(settings)) as tracker:
+        module, curves, wall_s = train(settings, device, text, tracker, run_dir)
+        report = _report(settings, began, text, module, curves, wall_s, _tracked(tracker, run_dir))
+        write(report, run_dir / settings.REPORT)
+        tracker.summary({"validation_bpb": report.validation_bpb, "tokens_per_s": report.tokens_per_s})
+    return report
+
+
+def _agreed(run_dir: Path) -> Path:
+    """Rank 0's folder: the name of a launcher's other ranks' may be a second younger."""
+    said = [run_dir]
+    dist.broadcast_object_list(said)
+    return said[0]
+
+
+def train(
+    settings: TrainConfig, device: str, text: bytes, tracker: Tracker, run_dir: Path
+) -> tuple[LanguageModel, Curves, float]:
+    """Train on the ranks that are running: the module, its curves, and the seconds that it took."""
+    parallel, data, limits = settings.parallel, settings.data, settings.trainer
+    module = LanguageModel(settings, resolve(settings))
+    windows = TrainingText(text, data.batch_size, data.seq_len, settings.seed, data.held_out_every)
+    curves = Curves(settings, tracker)
+    callbacks: list[Callback] = [curves, Bar(settings, curves)]
+    if limits.save_every_n_steps is not None or settings.ckpt is not None:
+        # After the curves, whose state it saves.
+        callbacks.append(
+            HelixCheckpoints(
+                run_dir / "checkpoints", limits.save_every_n_steps, limits.keep_checkpoints, resume=settings.ckpt
+            )
+        )
+    here = started()
+    local = here.local_ranks if here else dist.get_world_size()
+    trainer = Trainer(
+        strategy=HelixStrategy(
+            to_grid(parallel),
+            parallel.data,
+            parallel.stage,
+            precision=settings.precision,
+            shard_data=parallel.shard_data,
+        ),
+        accelerator=device,
+        devices=local,
+        num_nodes=dist.get_world_size() // local,
+        callbacks=callbacks,
+        max_steps=limits.max_steps,
+        max_time=limits.max_time,
+        accumulate_grad_batches=limits.accumulate_grad_batches,
+        gradient_clip_val=limits.gradient_clip_val,
+        val_check_interval=limits.validate_every_n_steps * limits.accumulate_grad_batches,
+        check_val_every_n_epoch=None,  # there are no epochs: samples are drawn at random
+        num_sanity_val_steps=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+    start = time.monotonic()
+    trainer.fit(module, TrainingBatches(windows, module), ValidationBatches(windows, module))
+    return module, curves, time.monotonic() - start
+
+
+def resolve(settings: TrainConfig) -> AttentionOptions:
+    """The layers' options, with `schedule=auto` resolved for this batch and length."""
+    model, parallel, data = settings.model, settings.parallel, settings.data
+    schedule = parallel.schedule
+    if schedule == "auto":
+        itemsize = ITEMSIZE.get(settings.precision, 2)  # a mixed precision's activations are of the narrow one
+        batch = data.batch_size // parallel.data
+        layout, grid = to_shape(model).layout, to_grid(parallel)
+        schedule = cheapest_schedule(layout, grid, batch, data.seq_len, model.causal, itemsize)
+    return AttentionOptions(schedule, parallel.aggregate, parallel.concat, parallel.projection, parallel.residual)
+
+
+def _tracked(tracker: Tracker, run_dir: Path) -> Tracked | None:
+    if tracker.path is None or tracker.mode is None:
+        return None
+    return Tracked(tracker.mode, str(tracker.path.relative_to(run_dir.resolve())), tracker.id)
+
+
+def _report(
+    settings: TrainConfig,
+    began: str,
+    text: bytes,
+    module: LanguageModel,
+    curves: Curves,
+    wall_s: float,
+    tracked: Tracked | None,
+) -> TrainReport:
+    parallel, options = settings.parallel, module.options
+    validations = [Validation(step, bits) for step, bits in curves.validations]
+    return TrainReport(
+        method=Method(
+            to_name(parallel), parallel.m, parallel.n, Schedules(options.schedule), parallel.data, parallel.stage
+        ),
+        world_size=dist.get_world_size(),
+        started_at=began,
+        steps=len(curves.losses),
+        losses=curves.losses,
+        validations=validations,
+        validation_bpb=validations[-1].bpb if validations else float("nan"),
+        unigram_entropy_bpb=unigram_entropy(text),
+        text=describe(settings.data.path),
+        text_bytes=len(text),
+        tokens_per_s=curves.tokens_per_s,
+        wall_s=wall_s,
+        parameters=to_shape(settings.model).parameters(
+            options.aggregate == "project", parallel.m * parallel.n if options.projection == "block" else 1
+        ),
+        model=asdict(settings.model),
+        data=asdict(settings.data),
+        optimizer=asdict(settings.optimizer),
+        trainer=asdict(settings.trainer),
+        auxiliary_weight=settings.auxiliary_weight,
+        precision=settings.precision,
+        seed=settings.seed,
+        settings=digest(settings),
+        wandb=tracked,
+    )

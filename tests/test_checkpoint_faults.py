@@ -1,0 +1,143 @@
+"""Checkpoints when things go wrong: ranks killed in the middle, files altered, disks full."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import shutil
+import signal
+import threading
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from checkpointed import DENSE, build, loaded, step_once, trained
+from ranks import on_ranks
+
+from helix.comm.launch import RankError
+from helix.parallel import manifest, storage
+from helix.parallel.checkpoint import BackgroundSaver, CheckpointError, CheckpointWarning, load, restore, save
+from helix.partition.grid import Grid
+from helix.partition.shape import TransformerShape
+
+
+def _die(*_: object, **__: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _killed(folder: Path, where: str, background: bool) -> None:
+    model, optimizer = build(DENSE, Grid(2, 1))
+    saver = BackgroundSaver() if background else None
+    write = saver.save if saver else save
+    step_once(model, optimizer)
+    write(folder, model, [optimizer], {"step": 2}, step=1)
+    if saver:
+        saver.wait()
+    if torch.distributed.get_rank() == (1 if where == "file" else 0):
+        if where == "file":
+
+            def half(tensors: dict[str, torch.Tensor], path: Path) -> None:
+                path.write_bytes(b"\0" * 100)
+                _die()
+
+            storage.save_file = half
+        else:
+            setattr(manifest, {"manifest": "write", "rename": "publish"}[where], _die)
+    step_once(model, optimizer)
+    write(folder, model, [optimizer], {"step": 3}, step=2)
+    if saver:
+        saver.wait()
+
+
+@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("where", ["file", "manifest", "rename"])
+def test_killed_inside_a_save_leaves_the_checkpoint_before(tmp_path: Path, where: str, background: bool) -> None:
+    with pytest.raises(RankError, match="SIGKILL"):
+        on_ranks(2, _killed, tmp_path, where, background)
+    assert (tmp_path / ".00002-step-2.partial").is_dir()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing to warn of: half a checkpoint has no checkpoint's name
+        assert manifest.latest(tmp_path).name == "00001-step-1"
+    assert on_ranks(1, loaded, tmp_path, DENSE, Grid(1, 1))[0][1] == {"step": 2}
+    on_ranks(1, trained, tmp_path, DENSE, Grid(1, 1), 1, 1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["00001-step-1", "00002-step-1"]
+
+
+def _until_killed(folder: Path, count: Path, seconds: float, background: bool) -> None:
+    model, optimizer = build(DENSE, Grid(2, 1))
+    save(folder, model, [optimizer])  # whoever is killed before has nothing to go back to
+    if torch.distributed.get_rank() == 1:
+        threading.Timer(seconds, _die).start()
+    saver = BackgroundSaver() if background else None
+    for step in range(1, 10_000):
+        saved = saver.save(folder, model, [optimizer], step=step) if saver else save(folder, model, [optimizer])
+        if saved is not None:
+            count.write_text(saved.path.name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("background", [False, True])
+def test_killed_at_random_moments(tmp_path: Path, background: bool) -> None:
+    draw, count, folder = random.Random(int(background)), tmp_path / "count", tmp_path / "checkpoints"
+    count.write_text("")
+    for _ in range(6):
+        with pytest.raises(RankError, match="SIGKILL"):
+            on_ranks(2, _until_killed, folder, count, draw.uniform(0, 0.5), background)
+        newest = manifest.latest(folder)
+        assert newest is not None
+        assert newest.name[:5] >= count.read_text()[:5]  # no save that had returned was lost
+
+
+def _refused(folder: Path, shape: TransformerShape) -> tuple[str, str]:
+    model, optimizer = build(shape, Grid(2, 1))
+    if torch.distributed.get_rank() == 0:
+        with pytest.warns(CheckpointWarning) as seen:
+            taken = restore(folder, model, [optimizer])
+        return str(seen[0].message), taken.path.name
+    return "", restore(folder, model, [optimizer]).path.name
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing", "manifest"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tmp_path: Path, damage: str) -> None:
+    on_ranks(2, trained, tmp_path, DENSE, Grid(2, 1))
+    newest = tmp_path / "00002-step-2"
+    file = newest / ("manifest.json" if damage == "manifest" else "rank-00001.safetensors")
+    content = bytearray(file.read_bytes())
+    if damage == "truncated":
+        content = content[:-5]
+    else:
+        content[len(content) // 2] ^= 1
+    file.unlink() if damage == "missing" else file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=file.name):
+        manifest.verify(newest)
+    for warned, taken in on_ranks(2, _refused, tmp_path, DENSE):
+        assert taken == "00001-step-1"
+        assert not warned or (str(file) in warned and "00001-step-1 is taken instead" in warned)
+    shutil.rmtree(tmp_path / "00001-step-1")
+    with pytest.raises(CheckpointError, match=f"none of the 1 checkpoints .* is whole; the newest: .*{file.name}"):
+        on_ranks(2, loaded, tmp_path, DENSE, Grid(2, 1))
+    with pytest.raises(CheckpointError, match=file.name):  # asked for by name: no other will do
+        on_ranks(1, loaded, newest, DENSE, Grid(1, 1))
+
+
+def _fails_on_rank_1(folder: Path) -> str:
+    model, optimizer = build(DENSE, Grid(2, 1))
+    if torch.distributed.get_rank() == 1:
+
+        def full(*_: object) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "rank-00001.safetensors")
+
+        storage.save_file = full
+    with pytest.raises(CheckpointError) as caught:
+        save(folder, model, [optimizer])
+    with pytest.raises(CheckpointError, match="is no checkpoint, and holds none"):
+        load(folder / "none", model)
+    return str(caught.value)
+
+
+def test_a_full_disk_is_one_sentence_on_every_rank(tmp_path: Path) -> None:
+    for reason in on_ranks(2, _fails_on_rank_1, tmp_path):
+        assert reason.endswith("failed on rank 1: rank-00001.safetensors: No space left on device")
+    assert list(tmp_path.iterdir()) == []

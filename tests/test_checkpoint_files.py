@@ -1,0 +1,173 @@
+"""Checkpoints as files: one safetensors file out and in, what a manifest takes, what a stranger's may not do."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from helix.__main__ import main
+from helix.parallel import manifest
+from helix.parallel.checkpoint import CheckpointError, CheckpointWarning, export, import_, latest, save, verify
+
+WEIGHTS = {
+    "b": torch.arange(12, dtype=torch.float32).view(3, 4),
+    "a": torch.arange(5).to(torch.bfloat16),
+    "one": torch.tensor(3.5),
+    "none": torch.zeros(0, 4),
+    "flags": torch.tensor([True, False]),
+}
+
+
+def _helix(*args: object) -> None:
+    main(["checkpoint", *map(str, args)])
+
+
+def test_export_import_export_is_the_same_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
+    optimizer = torch.optim.AdamW(model.parameters())
+    for weight in model.parameters():
+        weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    save(tmp_path / "run", model, [optimizer])
+    first, second = tmp_path / "1.safetensors", tmp_path / "2.safetensors"
+    _helix("export", tmp_path / "run", first)  # the folder's newest
+    assert "exported" in capsys.readouterr().out
+    _helix("import", first, tmp_path / "again")
+    assert "imported" in capsys.readouterr().out
+    assert export(tmp_path / "again", second) == second.stat().st_size
+    assert first.read_bytes() == second.read_bytes()
+    whole = load_file(first)
+    assert whole.keys() == model.state_dict().keys()  # buffers too, and no optimizer state
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in model.state_dict().items())
+    _helix("verify", tmp_path / "again")
+    assert "is whole: 7 tensors" in capsys.readouterr().out
+
+
+def test_every_dtype_and_empty_tensors_go_through(tmp_path: Path) -> None:
+    file, out = tmp_path / "in.safetensors", tmp_path / "out.safetensors"
+    save_file(WEIGHTS, file, metadata={"format": "pt"})
+    import_(file, tmp_path / "checkpoint")
+    export(tmp_path / "checkpoint", out)
+    assert file.read_bytes() == out.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("args", "reason"),
+    [
+        (("export", "missing", "x.safetensors"), "missing does not exist"),
+        (("export", "empty", "x.safetensors"), "is not a whole checkpoint: it has no manifest.json"),
+        (("export", "good", "nowhere/x.safetensors"), "cannot be written"),
+        (("import", "missing.safetensors", "new"), "missing.safetensors does not exist"),
+        (("import", "bad.safetensors", "new"), "bad.safetensors is not a whole safetensors file"),
+        (("import", "good.safetensors", "good"), "good exists; give a path that does not"),
+        (("verify", "empty"), "is not a whole checkpoint"),
+        (("export",), "the following arguments are required"),
+    ],
+)
+def test_errors_are_one_sentence(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    args: tuple[str, ...],
+    reason: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bad.safetensors").write_bytes(b"no safetensors")
+    save_file(WEIGHTS, tmp_path / "good.safetensors")
+    import_("good.safetensors", "good")
+    with pytest.raises(SystemExit) as stopped:
+        _helix(*args)
+    said = capsys.readouterr()
+    assert stopped.value.code == 2
+    assert said.out == ""
+    assert said.err.startswith("python -m helix: error: ")
+    assert reason in said.err
+    assert said.err.count("\n") == 1
+
+
+def test_only_the_last_are_kept(tmp_path: Path) -> None:
+    model = torch.nn.Linear(2, 2)
+    for step in (10, 20, 15, 30):  # at 15 someone went back
+        save(tmp_path, model, keep=3, step=step)
+    names = ["00002-step-20", "00003-step-15", "00004-step-30"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    assert latest(tmp_path) == tmp_path / "00004-step-30"
+    with pytest.raises(CheckpointError, match="keep=0 would remove"):
+        save(tmp_path, model, keep=0)
+    assert latest(tmp_path / "none") is None
+
+
+def test_latest_passes_over_what_is_damaged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = torch.nn.Linear(2, 2)
+    for step in (1, 2):
+        save(tmp_path, model, step=step)
+    (tmp_path / "00002-step-2" / "rank-00000.safetensors").write_bytes(b"")
+    with pytest.warns(CheckpointWarning, match=r"rank-00000\.safetensors has 0 bytes"):
+        assert latest(tmp_path) == tmp_path / "00001-step-1"
+    _helix("export", tmp_path, tmp_path / "x.safetensors")
+    said = capsys.readouterr()
+    assert said.err.startswith("python -m helix: warning: ")
+    assert said.err.endswith("so this checkpoint is not loaded; 00001-step-1 is taken instead\n")
+
+
+@pytest.mark.parametrize("extra", [{"a": {1, 2}}, {"a": [torch.zeros(2)]}, {"a": {"b": object()}}])
+def test_extra_takes_plain_values_only(tmp_path: Path, extra: dict[str, object]) -> None:
+    with pytest.raises(CheckpointError, match=r"extra\.a.* is a \w+, and a checkpoint takes only"):
+        save(tmp_path, torch.nn.Linear(2, 2), extra=extra)
+
+
+def test_extra_comes_back_as_it_was(tmp_path: Path) -> None:
+    extra = {"a": [1, 0.1 + 0.2, None, True], "b": {3: "x", 4: [float("inf")]}, "c": {}, "d": "ü"}
+    path = save(tmp_path, torch.nn.Linear(2, 2), extra=extra).path
+    assert verify(path).about.extra == extra
+
+
+def test_nothing_is_pickled(tmp_path: Path) -> None:
+    path = save(tmp_path, torch.nn.Linear(2, 2), extra={"a": 1}).path
+    assert {file.name for file in path.iterdir()} == {"manifest.json", "rank-00000.safetensors"}
+
+
+def _reseal(path: Path, change: dict[str, object]) -> None:
+    """A stranger's manifest: altered, with a checksum that is right."""
+    body = json.loads((path / manifest.FILE).read_text()) | change
+    del body["sha256"]
+    (path / manifest.FILE).write_text(json.dumps({"sha256": manifest._digest(body), **body}))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"files": {"../../etc/passwd": {"sha256": "", "nbytes": 1}}}, "is no name of a file in it"),
+        ({"format": "helix-checkpoint-9"}, "is of format 'helix-checkpoint-9', and this Helix reads"),
+        ({"tensors": {"a": {"dtype": "float32", "shape": [9], "chunks": []}}}, "the pieces of a do not make it up"),
+        ({"tensors": {"a": 3}}, "is not what was written"),
+        ({"about": {"surprise": 1}}, "is not what was written"),
+    ],
+)
+def test_a_strangers_manifest_is_refused(tmp_path: Path, change: dict[str, object], reason: str) -> None:
+    path = save(tmp_path, torch.nn.Linear(2, 2)).path
+    _reseal(path, {})
+    verify(path)
+    _reseal(path, change)
+    with pytest.raises(CheckpointError, match=reason):
+        verify(path)
+
+
+def test_an_unknown_dtype_is_refused(tmp_path: Path) -> None:
+    path = save(tmp_path, torch.nn.Linear(1, 1, bias=False)).path
+    body = json.loads((path / manifest.FILE).read_text())
+    body["tensors"]["weight"]["dtype"] = "serialization"
+    _reseal(path, body)
+    with pytest.raises(CheckpointError, match="weight is of dtype 'serialization'"):
+        export(path, tmp_path / "x.safetensors")
+
+
+def test_a_tied_weight_is_kept_once(tmp_path: Path) -> None:
+    model = torch.nn.ModuleDict({"a": torch.nn.Linear(2, 2, bias=False), "b": torch.nn.Linear(2, 2, bias=False)})
+    model["b"].weight = model["a"].weight
+    assert set(verify(save(tmp_path, model).path).tensors) == {"a.weight"}

@@ -1,0 +1,50 @@
+"""Training a byte-level language model: python train.py model=dense parallel=helix_2x2
+
+`python train.py --help` lists the config groups; README.md says what the curves and the report hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from helix.config.cli import command, stop
+from helix.config.schema import ConfigError
+from helix.config.sweep import SweepJob
+from helix.config.train_schema import TrainConfig, check_training
+
+
+def collect(folder: Path, jobs: Sequence[SweepJob]) -> None:
+    """A sweep's end: one table of all its jobs."""
+    from helix.study.training_report import collect
+
+    collect(folder, jobs)
+
+
+def agree(words: list[str]) -> list[str]:
+    """Rank 0's words, on every rank that a launcher started."""
+    from helix.study.sweep import agree
+
+    return agree(words)
+
+
+CONF = Path(__file__).resolve().parent / "conf"
+
+
+@command("train", conf=CONF, collect=collect, agree=agree, schema=TrainConfig, check=check_training)
+def main(settings: TrainConfig, run_dir: Path) -> None:
+    """Train what was configured; torch is imported from here on, when nothing is wrong any more."""
+    from helix.comm.launch import RankError
+    from helix.parallel.manifest import CheckpointError
+    from helix.study.training import run
+
+    try:
+        run(settings, run_dir=run_dir)
+    except RankError as error:
+        stop(str(error), code=1)
+    except (ConfigError, CheckpointError) as error:  # of the text and of ckpt=, which are read first
+        stop(str(error), code=2)
+
+
+if __name__ == "__main__":
+    main()
