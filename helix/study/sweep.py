@@ -44,17 +44,80 @@ def collect(folder: Path, jobs: Sequence[SweepJob], console: Console | None = No
     Returns:
         the table; see `table`.
     """
-    from helix.study.plots import draw
+    from helix.study.growth import draw_growth
+    from helix.study.plots import draw, ratios, save
 
-    frame = table(jobs)
+    frame, beside = table(jobs), comparisons(jobs)
     folder.mkdir(parents=True, exist_ok=True)
-    frame.to_csv(folder / "sweep.csv", index=False)
-    frame.to_parquet(folder / "sweep.parquet", index=False)
-    files = ["sweep.csv", "sweep.parquet", *(path.name for path in draw(frame, folder))]
+    files = [*_write(frame, folder / "sweep"), *draw(frame, folder), *draw_growth(jobs, folder)]
     console = console or Console()
     console.print(render(frame, console.width))
-    console.print(Text(f"{folder}: {', '.join(files)}", style="dim"), soft_wrap=True)
+    if len(beside):
+        files += [*_write(beside, folder / "baselines"), save(ratios(beside), folder / "ratios.png")]
+        console.print(Text(), _compared(beside), sep="\n")
+    console.print(Text(f"{folder}: {', '.join(path.name for path in files)}", style="dim"), soft_wrap=True)
     return frame
+
+
+def comparisons(jobs: Sequence[SweepJob]) -> pd.DataFrame:
+    """A row for each job and each of its baselines, in order.
+
+    `ratio` is how many times as fast as the baseline the job's main method is, with `_low` and `_high` for its 95 %
+    interval; it is missing where the baseline did not run, and `error` has its words.
+    """
+    import pandas as pd
+
+    rows = []
+    for job, label in zip(jobs, labels(jobs), strict=True):
+        for each in (report_of(job.folder, job.settings) or {"baselines": []})["baselines"]:
+            row = {"job": job.number, "label": label, "baseline": each["method"]["name"], "error": each.get("error")}
+            if "paired" in each:
+                paired, traffic = each["paired"], each["comm_bytes_per_rank_per_step"]["executed"]
+                row |= {
+                    "ratio": paired["ratio"],
+                    "ratio_low": paired["ci95"][0],
+                    "ratio_high": paired["ci95"][1],
+                    "p": paired["p"],
+                    "cohens_d": paired["cohens_d"],
+                    "cohens_d_pooled": paired["cohens_d_pooled"],
+                    "minimum_detectable_ratio": paired["minimum_detectable_ratio"],
+                    "tokens_per_s": each["tokens_per_s"]["mean"],
+                    "step_ms": each["step_ms"]["mean"],
+                    "weights_bytes": each["memory_bytes_per_rank"]["weights"],
+                    "sent_bytes": sum(traffic.values()),
+                    "relative_error": each["accuracy"]["relative_error"],
+                    "idle_ranks": each["idle_ranks"],
+                }
+            rows.append(row)
+    frame = pd.DataFrame(rows)
+    return (
+        frame
+        if "ratio" in frame
+        else frame.assign(ratio=float("nan"), ratio_low=float("nan"), ratio_high=float("nan"))
+    )
+
+
+def _write(frame: pd.DataFrame, path: Path) -> list[Path]:
+    """The table as CSV and as Parquet."""
+    files = [path.with_suffix(".csv"), path.with_suffix(".parquet")]
+    frame.to_csv(files[0], index=False)
+    frame.to_parquet(files[1], index=False)
+    return files
+
+
+def _compared(beside: pd.DataFrame) -> Table:
+    shown = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    for name in ("job", "method", "beside"):
+        shown.add_column(name, justify="right" if name == "job" else "left", overflow="fold")
+    for name in ("x as fast (95 %)", "p", "weights", "sent"):
+        shown.add_column(name, justify="right", no_wrap=True)
+    for row in beside.itertuples():
+        cells = ["did not run", "", "", ""]
+        if row.ratio == row.ratio:  # not NaN: it ran
+            ratio = f"{row.ratio:.2f} ({row.ratio_low:.2f}..{row.ratio_high:.2f})"
+            cells = [ratio, f"{row.p:.1g}", size(int(row.weights_bytes)), size(int(row.sent_bytes))]
+        shown.add_row(str(row.job), str(row.label), str(row.baseline), *cells)
+    return shown
 
 
 def table(jobs: Sequence[SweepJob]) -> pd.DataFrame:
@@ -127,6 +190,8 @@ def _row(job: SweepJob) -> dict[str, Any]:
 def _measures(report: dict[str, Any]) -> dict[str, Any]:
     row: dict[str, Any] = {}
     for name in _SUMMARIES:
+        if report[name] is None:  # ranks of several hosts have no common clock to split a step by
+            continue
         low, high = report[name]["ci95"]
         row |= {name: report[name]["mean"], f"{name}_low": low, f"{name}_high": high}
     memory, traffic = report["memory_bytes_per_rank"], report["comm_bytes_per_rank_per_step"]
@@ -158,7 +223,7 @@ def _measured(done: pd.DataFrame, width: int) -> Table:
             "tokens/s": figure(row.tokens_per_s),
             "± 95 %": figure((row.tokens_per_s_high - row.tokens_per_s_low) / 2),
             "step ms": figure(row.step_ms),
-            "comm us": f"{row.comm_ms_per_token * 1e3:.3g}",  # a token
+            "comm us": f"{row.comm_ms_per_token * 1e3:.3g}",  # a token; nan where it is not known
             "weights": size(int(row.weights_bytes)),
             "sent": size(int(row.sent_bytes)),
             "error": f"{row.relative_error:.1e}",

@@ -125,11 +125,12 @@ def _side_by_side(report: Report) -> Table:
     main = report.method.name
     table = _table("taking turns", "tokens/s", f"{main} is x", "p", "weights", "sent", "error")
     table.columns[0].min_width = 12
+    table.padding = (0, 1, 0, 0)  # closer than the others: seven columns in 80
     rows: list[tuple[Measurement | Refusal, Paired | None]] = [(report, None)]
     rows += [(each, each.paired if isinstance(each, Rival) else None) for each in report.baselines]
     for each, paired in rows:
         if isinstance(each, Refusal):
-            table.add_row(each.method.name, Text("did not run", style="yellow"))
+            table.add_row(each.method.name, "", Text("did not run", style="yellow"))
             continue
         ratio = p = ""
         if paired is not None:
