@@ -127,7 +127,7 @@ def _label(panels: Sequence[Axes], xs: Sequence[int], name: str) -> None:
     panels[2].set_ylim(1e-8, 3)
 
 
-def _formatter(text: Callable[[float], str]) -> Callable[[float, int | None], str]:
+def _formatter(text: Callable[[float], str]) -> Callable[[float, float], str]:
     """As matplotlib calls it, with a place that does not matter here."""
     return lambda value, place: text(value)
 

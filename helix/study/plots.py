@@ -140,11 +140,12 @@ def bars(frame: pd.DataFrame) -> Figure:
 
 
 @rc_context(STYLE)
-def ratios(frame: pd.DataFrame) -> Figure:
+def ratios(frame: pd.DataFrame, jobs: pd.DataFrame) -> Figure:
     """How many times as fast as a baseline each job's main method is, with its 95 % interval; 1 is a line.
 
     Args:
-        frame: of `helix.study.sweep.comparisons`; rows without a ratio did not run and are named with their error.
+        frame: of `helix.study.sweep.comparisons`; a row without a ratio did not run, and says so.
+        jobs: of `helix.study.sweep.table`.
     """
     ran = frame[frame["ratio"].notna()]
     chart = Figure(figsize=(8, 1.6 + 0.3 * len(frame)), layout="constrained")
@@ -171,6 +172,7 @@ def ratios(frame: pd.DataFrame) -> Figure:
     axes.tick_params(axis="y", length=0)
     axes.set_xlabel("times as fast as the baseline, with 95 % interval; filled: the interval leaves out 1")
     axes.set_title("Main method / baseline, taking turns in one launch")
+    _caption(chart, jobs)
     return chart
 
 

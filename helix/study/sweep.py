@@ -53,7 +53,7 @@ def collect(folder: Path, jobs: Sequence[SweepJob], console: Console | None = No
     console = console or Console()
     console.print(render(frame, console.width))
     if len(beside):
-        files += [*_write(beside, folder / "baselines"), save(ratios(beside), folder / "ratios.png")]
+        files += [*_write(beside, folder / "baselines"), save(ratios(beside, frame), folder / "ratios.png")]
         console.print(Text(), _compared(beside), sep="\n")
     console.print(Text(f"{folder}: {', '.join(path.name for path in files)}", style="dim"), soft_wrap=True)
     return frame
