@@ -117,7 +117,7 @@ def test_the_fit_finds_the_machine_that_it_was_measured_on(lengths: list[SweepJo
     for point in points:
         assert predict(point.cost) == pytest.approx(point.step_ms, rel=1e-3)
     longer = replace(points[0].cost, length=300)
-    flops, moved, one = growth._terms(longer)
+    flops, moved, _, one = growth._terms(longer)
     assert predict(longer) == pytest.approx(MS * one + MS_PER_FLOP * flops + MS_PER_BYTE * moved, rel=1e-3)
 
 

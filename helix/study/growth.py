@@ -1,7 +1,8 @@
 """How bytes, time and error of each schedule grow with the sequence or with the slices: a picture of a sweep.
 
-Points are measured. Lines are closed forms: of the bytes exactly, of the time as a sum of FLOPs, bytes and a constant
-whose three factors are one fit to all points of the picture.
+Points are measured. Lines are closed forms: of the bytes exactly, of the time as a sum of FLOPs, bytes, attention
+scores that are written to memory (`gather` and `score` have no fused kernel) and a constant, whose four factors are
+one fit to all points of the picture.
 """
 
 from __future__ import annotations
@@ -139,8 +140,8 @@ def _provenance(points: Sequence[Point]) -> str:
     spread = f"{lengths[0]}" if len(lengths) == 1 else f"{lengths[0]} .. {lengths[-1]}"
     heads = f"{cost.shape.heads} heads of {cost.shape.head_dim}"
     return (
-        f"{grids}; {heads}, {cost.shape.layers} layers, batch {cost.batch}, length {spread}. Points: measured, 95 % "
-        "intervals over runs. Lines: closed forms; of time a x FLOPs + b x bytes + c, one fit to all points."
+        f"{grids}; {heads}, {cost.shape.layers} layer(s), batch {cost.batch}, length {spread}. Points: measured, 95 % "
+        "intervals over runs. Lines: closed forms; of time a x FLOPs + b x bytes + c x scores written + d, one fit."
     )
 
 
@@ -204,16 +205,20 @@ def _inside(cost: TransformerCost) -> int:
 
 
 def _fit(points: Sequence[Point]) -> Callable[[TransformerCost], float]:
-    """Step time in ms from FLOPs, bytes and a constant; none of the three factors below 0, errors relative."""
+    """Step time in ms from `_terms`; none of the factors below 0, errors relative."""
     rows = np.array([_terms(point.cost) for point in points])
     times = np.array([point.step_ms for point in points])
-    scale = rows.max(0)
+    scale = np.maximum(rows.max(0), 1)
     factors, _ = optimize.nnls(rows / scale / times[:, None], np.ones(len(points)))
     return lambda cost: float(np.array(_terms(cost)) / scale @ factors)
 
 
-def _terms(cost: TransformerCost) -> tuple[float, float, float]:
-    """FLOPs and bytes of all ranks, which share the machine, and 1."""
+def _terms(cost: TransformerCost) -> tuple[float, float, float, float]:
+    """FLOPs, bytes moved and scores written by all ranks, which share the machine, and 1."""
     ranks = range(cost.grid.ranks)
     moved = sum(sum(cost.bytes(rank).values()) for rank in ranks)
-    return float(sum(cost.flops(rank) for rank in ranks)), float(moved), 1.0
+    written = 0
+    if cost.options.schedule in ("gather", "score"):
+        heads = cost.shape.layers * cost.batch * cost.shape.heads * cost.grid.m  # each slice has its group's
+        written = heads * cost.length**2
+    return float(sum(cost.flops(rank) for rank in ranks)), float(moved), float(written), 1.0

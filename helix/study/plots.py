@@ -170,7 +170,7 @@ def ratios(frame: pd.DataFrame, jobs: pd.DataFrame) -> Figure:
     axes.grid(axis="x", color="0.88", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.tick_params(axis="y", length=0)
-    axes.set_xlabel("times as fast as the baseline, with 95 % interval; filled: the interval leaves out 1")
+    axes.set_xlabel("times as fast as the baseline (95 % interval; filled if without 1)", loc="right")
     axes.set_title("Main method / baseline, taking turns in one launch")
     _caption(chart, jobs)
     return chart
@@ -203,7 +203,8 @@ def _caption(chart: Figure, frame: pd.DataFrame) -> None:
     """Where the figures come from, small, below."""
     done = frame[frame["status"] == "done"]
     models = ", ".join(sorted(set(frame["model"])))
-    shapes = ", ".join(sorted(set(frame["batch_size"].astype(str) + " x " + frame["seq_len"].astype(str))))
+    sizes = sorted(set(zip(frame["batch_size"], frame["seq_len"], strict=True)))
+    shapes = ", ".join(f"{batch} x {length}" for batch, length in sizes)
     ranks = sorted(set((done if len(done) else frame)["world_size"]))
     many = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
     days = sorted(set(done["started_at"].str.slice(0, 10)))

@@ -106,17 +106,19 @@ def _write(frame: pd.DataFrame, path: Path) -> list[Path]:
 
 
 def _compared(beside: pd.DataFrame) -> Table:
+    """Each job's name, and its baselines below."""
     shown = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
-    for name in ("job", "method", "beside"):
-        shown.add_column(name, justify="right" if name == "job" else "left", overflow="fold")
+    shown.add_column("job, and what took turns with it", overflow="fold")
     for name in ("x as fast (95 %)", "p", "weights", "sent"):
         shown.add_column(name, justify="right", no_wrap=True)
-    for row in beside.itertuples():
-        cells = ["did not run", "", "", ""]
-        if row.ratio == row.ratio:  # not NaN: it ran
-            ratio = f"{row.ratio:.2f} ({row.ratio_low:.2f}..{row.ratio_high:.2f})"
-            cells = [ratio, f"{row.p:.1g}", size(int(row.weights_bytes)), size(int(row.sent_bytes))]
-        shown.add_row(str(row.job), str(row.label), str(row.baseline), *cells)
+    for (job, label), rows in beside.groupby(["job", "label"], sort=False):
+        shown.add_row(Text(f"{job}  {label}", style="bold"))
+        for row in rows.itertuples():
+            cells = ["did not run", "", "", ""]
+            if row.ratio == row.ratio:  # not NaN: it ran
+                ratio = f"{row.ratio:.2f} ({row.ratio_low:.2f}..{row.ratio_high:.2f})"
+                cells = [ratio, f"{row.p:.1g}", size(int(row.weights_bytes)), size(int(row.sent_bytes))]
+            shown.add_row(f"   {row.baseline}", *cells)
     return shown
 
 
