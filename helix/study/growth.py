@@ -72,7 +72,7 @@ def draw_growth(jobs: Sequence[SweepJob], folder: Path) -> list[Path]:
     for name, of in (("L, tokens of one sequence", _length), ("m, feature slices (ranks of a head group)", _slices)):
         points = list(_points(jobs, of))
         schedules, xs = {point.schedule for point in points}, {point.x for point in points}
-        if len(schedules) > 1 and len(xs) > 1:
+        if len(schedules) > 1 and len(xs) > 1 and _is_one_line_each(points):
             return [save(growth(points, name), folder / "growth.png")]
     return []
 
@@ -135,13 +135,13 @@ def _formatter(text: Callable[[float], str]) -> Callable[[float, float], str]:
 
 def _provenance(points: Sequence[Point]) -> str:
     cost = points[0].cost
-    grids = ", ".join(dict.fromkeys(point.cost.grid.name for point in points))
+    grids = " .. ".join(dict.fromkeys([points[0].cost.grid.name, points[-1].cost.grid.name]))
     lengths = sorted({point.cost.length for point in points})
     spread = f"{lengths[0]}" if len(lengths) == 1 else f"{lengths[0]} .. {lengths[-1]}"
     heads = f"{cost.shape.heads} heads of {cost.shape.head_dim}"
     return (
         f"{grids}; {heads}, {cost.shape.layers} layer(s), batch {cost.batch}, length {spread}. Points: measured, 95 % "
-        "intervals over runs. Lines: closed forms; of time a x FLOPs + b x bytes + c x scores written + d, one fit."
+        "intervals. Lines: closed forms; of time a x FLOPs + b x bytes + c x scores written + d, one fit."
     )
 
 
@@ -165,9 +165,25 @@ def _points(jobs: Sequence[SweepJob], x: Callable[[TransformerCost], int]) -> It
             )
 
 
+def _is_one_line_each(points: Sequence[Point]) -> bool:
+    """Whether nothing but x and the schedule varies."""
+    same = {
+        (
+            replace(point.cost, length=0, grid=Grid(1, point.cost.grid.n), options=AttentionOptions(), ep_size=1),
+            replace(point.cost.options, schedule=""),
+        )
+        for point in points
+    }
+    lengths, slices = {point.cost.length for point in points}, {point.cost.grid.m for point in points}
+    return len(same) == 1 and min(len(lengths), len(slices)) == 1
+
+
 def _cost(settings: InferConfig, method: dict[str, Any]) -> TransformerCost:
-    layout = from_name(method["name"])
-    options = AttentionOptions(schedule=method["schedule"]["prefill"], residual=settings.parallel.residual)
+    """Closed forms of a job's method; baselines have the main one's options."""
+    layout, main = from_name(method["name"]), settings.parallel
+    options = AttentionOptions(
+        method["schedule"]["prefill"], main.aggregate, main.concat, main.projection, main.residual
+    )
     work, itemsize = settings.workload, ITEMSIZE[settings.precision]
     ep_size = expert_parallel(settings.model, layout)
     grid, batch = Grid(method["m"], method["n"]), work.batch_size // method["data"]

@@ -11,7 +11,6 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from helix.config.environment import started
 from helix.config.methods import to_name
 from helix.config.sweep import SweepJob, labels, others, outcome, report_of
 from helix.study.table import figure, size
@@ -20,18 +19,22 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # Columns that hold text; the others hold numbers, missing where a job was not measured.
-_TEXT = ("overrides", "label", "others", "status", "reason", "method", "model", "schedule", "folder", "started_at")
+_TEXT = (
+    "overrides",
+    "label",
+    "others",
+    "status",
+    "reason",
+    "method",
+    "model",
+    "schedule",
+    "folder",
+    "started_at",
+    "reference",
+)
 WIDE = 96  # columns of a terminal
 # Summaries of the report: the mean in a column of this name, its 95 % interval in _low and _high.
 _SUMMARIES = ("tokens_per_s", "step_ms", "comm_ms_per_token")
-
-
-def agree(words: list[str]) -> list[str]:
-    """Rank 0's words, on every rank that torchrun or srun started."""
-    from helix.comm.launch import launch  # a table needs no torch
-
-    here = started()
-    return launch(lambda: words, ranks=here.ranks)[0] if here is not None else words
 
 
 def collect(folder: Path, jobs: Sequence[SweepJob], console: Console | None = None) -> pd.DataFrame:
@@ -63,7 +66,8 @@ def comparisons(jobs: Sequence[SweepJob]) -> pd.DataFrame:
     """A row for each job and each of its baselines, in order.
 
     `ratio` is how many times as fast as the baseline the job's main method is, with `_low` and `_high` for its 95 %
-    interval; it is missing where the baseline did not run, and `error` has its words.
+    interval; it is missing where the baseline did not run, and `error` has its words. The other figures are the
+    baseline's own; `relative_error` is against `reference`, and `relative_error_to_h_heads` there for `perslice`.
     """
     import pandas as pd
 
@@ -85,7 +89,9 @@ def comparisons(jobs: Sequence[SweepJob]) -> pd.DataFrame:
                     "step_ms": each["step_ms"]["mean"],
                     "weights_bytes": each["memory_bytes_per_rank"]["weights"],
                     "sent_bytes": sum(traffic.values()),
+                    "reference": each["accuracy"]["reference"],
                     "relative_error": each["accuracy"]["relative_error"],
+                    "relative_error_to_h_heads": each["accuracy"].get("relative_error_to_h_heads"),
                     "idle_ranks": each["idle_ranks"],
                 }
             rows.append(row)
@@ -109,7 +115,7 @@ def _compared(beside: pd.DataFrame) -> Table:
     """Each job's name, and its baselines below."""
     shown = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     shown.add_column("job, and what took turns with it", overflow="fold")
-    for name in ("x as fast (95 %)", "p", "weights", "sent"):
+    for name in ("it is x (95 %)", "p", "its weights", "sent"):
         shown.add_column(name, justify="right", no_wrap=True)
     for (job, label), rows in beside.groupby(["job", "label"], sort=False):
         shown.add_row(Text(f"{job}  {label}", style="bold"))
@@ -162,7 +168,7 @@ def _row_names() -> list[str]:
     names = ["job", "label", "status", "reason", "method", "m", "n", "data", "stage", "schedule", "world_size"]
     names += ["model", "batch_size", "seq_len"]
     names += [name + end for name in _SUMMARIES for end in ("", "_low", "_high")]
-    names += ["weights_bytes", "peak_bytes", "sent_bytes", "relative_error"]
+    names += ["weights_bytes", "peak_bytes", "sent_bytes", "reference", "relative_error", "relative_error_to_h_heads"]
     return [*names, "overrides", "others", "started_at", "folder"]
 
 
@@ -204,13 +210,15 @@ def _measures(report: dict[str, Any]) -> dict[str, Any]:
         "weights_bytes": memory["weights"],
         "peak_bytes": memory["peak"],
         "sent_bytes": sum(traffic["executed"].values()),
+        "reference": report["accuracy"]["reference"],
         "relative_error": report["accuracy"]["relative_error"],
+        "relative_error_to_h_heads": report["accuracy"].get("relative_error_to_h_heads"),
         "started_at": report["started_at"],
     }
 
 
 def _measured(done: pd.DataFrame, width: int) -> Table:
-    names = ["ranks", "tokens/s", "± 95 %", "step ms", "comm us", "error"]
+    names = ["ranks", "tokens/s", "± 95 %", "step ms", "comm us/token", "error"]
     if width >= WIDE:
         names[-1:-1] = ["weights", "sent"]
     shown = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
@@ -225,7 +233,7 @@ def _measured(done: pd.DataFrame, width: int) -> Table:
             "tokens/s": figure(row.tokens_per_s),
             "± 95 %": figure((row.tokens_per_s_high - row.tokens_per_s_low) / 2),
             "step ms": figure(row.step_ms),
-            "comm us": f"{row.comm_ms_per_token * 1e3:.3g}",  # a token; nan where it is not known
+            "comm us/token": f"{row.comm_ms_per_token * 1e3:.3g}",  # nan where it is not known
             "weights": size(int(row.weights_bytes)),
             "sent": size(int(row.sent_bytes)),
             "error": f"{row.relative_error:.1e}",
