@@ -23,7 +23,7 @@ def collect(folder: Path, jobs: Sequence[SweepJob]) -> None:
 
 def agree(words: list[str]) -> list[str]:
     """Rank 0's words, on every rank that a launcher started."""
-    from helix.study.sweep import agree
+    from helix.comm.launch import agree
 
     return agree(words)
 

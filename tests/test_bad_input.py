@@ -108,7 +108,7 @@ CASES = [
     case("one-run", "workload.runs=1", "workload.runs must be at least 2, not 1"),
     case("text-missing", "workload.text=no.txt", "workload.text=no.txt does not exist", "or null"),
     case("text-empty", "workload.text=a.txt", "has 0 bytes, too few", "or null", files={"a.txt": ""}),
-    case("text-short", "workload.text=a.txt", "has 9 bytes", "seq_len=128", files={"a.txt": "too short"}),
+    case("text-short", "workload.text=a.txt", "has 9 bytes", "seq_len=64", files={"a.txt": "too short"}),
     case("text-unreadable", "workload.text=secret", "cannot be read", "or null", files={"secret": "x" * 999}),
     # Machine and launcher
     case("cuda-no-gpu", "device=cuda", "device=cuda needs a GPU for each of 16 ranks", "device=cpu"),

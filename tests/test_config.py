@@ -19,7 +19,15 @@ from helix.config.cli import command
 from helix.config.compose import prepare, typed
 from helix.config.memory import estimate, stored_parameters
 from helix.config.methods import from_name, to_name
-from helix.config.schema import InferConfig, ModelConfig, ParallelConfig, expert_parallel, to_grid, to_shape
+from helix.config.schema import (
+    ConfigError,
+    InferConfig,
+    ModelConfig,
+    ParallelConfig,
+    expert_parallel,
+    to_grid,
+    to_shape,
+)
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 QUIET = ["hydra/job_logging=none", "hydra/hydra_logging=none"]  # no handler outlives the test
@@ -83,6 +91,46 @@ def test_every_combination_composes_and_is_legal(
 def test_every_option_composes(group: str, settings: Callable[..., InferConfig], machine: Path) -> None:
     for option in options(group):
         check(settings(f"{group}={option}"))
+
+
+@pytest.mark.parametrize("experiment", options("experiment"))
+def test_every_experiment_composes_and_can_run_here(
+    experiment: str, settings: Callable[..., InferConfig], machine: Path
+) -> None:
+    one = settings(f"experiment={experiment}")
+    check(one)
+    assert one.baseline
+    assert one != settings()
+
+
+@pytest.mark.parametrize(("experiment", "paper"), [(name, name) for name in options("model") if "paper" in name])
+def test_the_papers_settings_are_divided_by_one_factor(
+    experiment: str, paper: str, settings: Callable[..., InferConfig]
+) -> None:
+    """Widths, batch and length by 16; heads, layers and experts stay."""
+    workload = "paper_1024" if "4l" in paper else "paper"
+    small, whole = settings(f"experiment={experiment}"), settings(f"model={paper}", f"workload={workload}")
+    for name in ("width", "head_dim", "mlp_hidden"):
+        assert getattr(small.model, name) * 16 == getattr(whole.model, name)
+    for name in ("layers", "heads", "kv_heads", "experts", "top_k"):
+        assert getattr(small.model, name) == getattr(whole.model, name)
+    assert small.workload.batch_size * 16 == whole.workload.batch_size
+    assert small.workload.seq_len * 16 == whole.workload.seq_len
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["single", "dp16", "tp16", "tp16_sp", "tp8_pp2", "tp8_sp_pp2", "tp4_dp4", "tp2_pp2_dp4", "cp16", "ulysses16",
+     "autotp16", "hf_tp16", "helix_2x8", "helix_2x8_rows", "helix_12x1_perslice"],
+)  # fmt: skip
+def test_a_methods_name_says_its_layout(name: str) -> None:
+    assert to_name(from_name(name)) == name
+
+
+@pytest.mark.parametrize("name", ["helix", "helix_4", "tp", "tp0", "pp2", "dp16_pp2", "helix_2x8_auto", "TP16", ""])
+def test_what_is_no_methods_name(name: str) -> None:
+    with pytest.raises(ConfigError, match="there is no method"):
+        from_name(name)
 
 
 def test_the_default_is_the_sentence_of_use(settings: Callable[..., InferConfig]) -> None:

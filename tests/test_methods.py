@@ -87,6 +87,17 @@ def test_a_method_computes_the_model_and_moves_what_is_predicted(name: str, mode
         assert sum(outcomes[0].executed.values()) > 0
 
 
+def test_equal_groups_of_two_methods_count_alike() -> None:
+    """DTensor may communicate over the first one's."""
+
+    def both() -> tuple[Outcome, Outcome]:
+        return run("tp2_dp2", DENSE), run("tp2_pp2", DENSE)
+
+    for outcomes in on_ranks(4, both, timeout_s=40):
+        for outcome in outcomes:
+            assert outcome.executed == outcome.predicted
+
+
 def test_a_batch_of_one_leaves_replicas_idle() -> None:
     def one() -> int:
         job = Job(DENSE, 1, LENGTH, torch.float32, torch.device("cpu"), SEED)

@@ -14,8 +14,22 @@ import pytest
 from rich.console import Console
 
 from helix.study import report as reports
-from helix.study.report import Accuracy, Memory, Method, Report, Schedules, Tracked, Traffic, to_json, write
-from helix.study.statistics import summarize
+from helix.study.report import (
+    Accuracy,
+    Bubble,
+    Measurement,
+    Memory,
+    Method,
+    Refusal,
+    Report,
+    Rival,
+    Schedules,
+    Tracked,
+    Traffic,
+    to_json,
+    write,
+)
+from helix.study.statistics import paired, summarize
 from helix.study.table import figure, render, size
 from helix.study.text import byte_batches, corpus
 
@@ -233,3 +247,60 @@ def test_batches_are_windows_of_the_text() -> None:
 def test_batches_refuse(sizes: tuple[int, int, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         byte_batches(bytes(range(256)), *sizes, seed=0)
+
+
+def compared() -> Report:
+    """A report with baselines: one that ran, one with a model of its own, and one that did not run."""
+    report = made_up()
+    own = {name: getattr(report, name) for name in Measurement.__dataclass_fields__}
+    slower = summarize([1_700.2, 1_650.4, 1_720.9])
+    beside = paired(slower.runs, report.step_ms.runs)
+    tp8_pp2 = replace(
+        Rival(**own, paired=beside),
+        method=Method("tp8_pp2", 1, 8, Schedules(None), stage=2),
+        bubble=Bubble(0.183, 0.2),
+        idle_ranks=3,
+    )
+    traffic = Traffic({"all_gather/tensor": 1_000_000}, None)
+    other = replace(
+        Rival(**own, paired=beside),
+        method=Method("hf_tp16", 1, 16, Schedules(None)),
+        accuracy=Accuracy("own_model_single", 1e-7),
+        comm_bytes_per_rank_per_step=traffic,
+    )
+    refused = Refusal(Method("cp16", 1, 16, Schedules(None)), "NotImplementedError: no sharding strategy")
+    return replace(report, baselines=[tp8_pp2, other, refused])
+
+
+def test_baselines_have_the_reports_keys_and_the_comparison() -> None:
+    content = json.loads(to_json(compared()))
+    first, second, third = content["baselines"]
+    assert first.keys() == {*Measurement.__dataclass_fields__, "paired"}
+    assert first["paired"].keys() >= {"ratio", "ci95", "t", "p", "cohens_d"}
+    assert first["bubble"] == {"measured": 0.183, "predicted": 0.2}
+    assert "relative_error_to_h_heads" not in first["accuracy"]
+    assert second["comm_bytes_per_rank_per_step"]["predicted"] is None
+    assert third == {
+        "method": {
+            "name": "cp16",
+            "m": 1,
+            "n": 16,
+            "schedule": {"prefill": None, "decode": None},
+            "data": 1,
+            "stage": 1,
+        },
+        "error": "NotImplementedError: no sharding strategy",
+    }
+
+
+def test_the_table_compares_baselines_within_80_columns() -> None:
+    text = rendered(compared(), 80)
+    assert max(map(len, text.splitlines())) <= 80
+    row = next(line for line in text.splitlines() if line.startswith("tp8_pp2"))
+    assert re.search(r"1\.9\d \(1\.\d\d\.\.2\.\d\d\)", row)
+    assert row.rstrip().endswith("3e-07")
+    said = " ".join(text.split())
+    assert "tp8_pp2 leaves 3 of 16 ranks idle" in said
+    assert "pipeline bubble 20% by its form, measured 18%" in said
+    assert "cp16 did not run: NotImplementedError: no sharding strategy" in said
+    assert "hf_tp16 runs a model of its own" in said

@@ -20,6 +20,7 @@ from rich.console import Console
 from helix.config import environment
 from helix.config.cli import command, stop
 from helix.config.job import Agree, Task
+from helix.config.multirun import _held
 from helix.config.schema import (
     HardwareConfig,
     InferConfig,
@@ -509,3 +510,14 @@ def test_a_sweeper_that_chooses_as_it_goes(tmp_path: Path) -> None:
     ]
     [folder] = (tmp_path / "multirun").iterdir()
     assert list(pd.read_csv(folder / "sweep.csv")["status"]) == ["done", "skipped"]
+
+
+def test_a_sweep_that_runs_is_not_started_twice(
+    machine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sweep(monkeypatch, "parallel.m=1", "seed=0,1")[1] == 0
+    [folder] = (machine / "multirun").iterdir()
+    with _held(folder):
+        assert sweep(monkeypatch, "parallel.m=1", "seed=0,1") == ([], 2)
+    assert "this sweep is running already" in capsys.readouterr().err
+    assert len(sweep(monkeypatch, "parallel.m=1", "seed=0,1")[0]) == 2

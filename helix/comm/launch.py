@@ -33,6 +33,8 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from helix.config.environment import started
+
 T = TypeVar("T")
 _PR_SET_PDEATHSIG = 1
 # This process's connection to the launcher's store, and the number of its next process group.
@@ -71,6 +73,12 @@ def launch(fn: Callable[..., T], *args: Any, ranks: int, device: str = "cpu", ti
     if device == "cuda" and ranks > torch.cuda.device_count():
         raise ValueError(f"{ranks} ranks need {ranks} GPUs; this machine has {torch.cuda.device_count()}")
     return _fork(fn, args, ranks, device, timeout_s)
+
+
+def agree(words: list[str]) -> list[str]:
+    """Rank 0's words, on every rank that torchrun or srun started; without a launcher, one's own."""
+    here = started()
+    return launch(lambda: words, ranks=here.ranks)[0] if here is not None else words
 
 
 def _join(fn: Callable[..., T], args: tuple[Any, ...], ranks: int, device: str, timeout_s: float) -> list[T]:

@@ -75,8 +75,8 @@ def observe(names: Mapping[str, str]) -> Iterator[None]:
     scatter nothing is. Modes nest: each collective is told once.
 
     Args:
-        names: the axis by `group.group_name`, or for one collective of a group by "collective/group_name";
-            a group without a name here goes by its own description.
+        names: the axis by `group.group_name`, for one collective of a group by "collective/group_name", or by
+            `group.group_desc`; a group without a name here goes by its own description.
     """
     mode = _Observer(names)
     with _waits_seen_by(mode), mode:
@@ -117,8 +117,9 @@ class _Observer(TorchDispatchMode):
         return out
 
     def _axis(self, collective: str, group: dist.ProcessGroup) -> str:
-        name = group.group_name
-        return self._names.get(f"{collective}/{name}") or self._names.get(name) or group.group_desc or name
+        name, description = group.group_name, group.group_desc
+        keys = (f"{collective}/{name}", name, description)
+        return next((self._names[key] for key in keys if key in self._names), description or name)
 
     def _remember(self, call: Call, out: Any) -> None:
         work = _work(out)

@@ -13,7 +13,7 @@ from urllib.parse import urlparse
 
 from helix.config import environment
 from helix.config.memory import check_memory
-from helix.config.methods import from_name, to_name
+from helix.config.methods import baselines_of, to_name
 from helix.config.schema import (
     ConfigError,
     InferConfig,
@@ -90,6 +90,8 @@ def check_method(settings: InferConfig) -> None:
     """Check the main method: the sizes that only some methods have, and what its way to cut a model needs."""
     parallel, shape, work = settings.parallel, to_shape(settings.model), settings.workload
     check_sizes(parallel)
+    if parallel.method == "data":
+        rivals.check_data(shape, parallel.data, work.batch_size)
     if parallel.method == "tensor":
         rivals.check_tensor(shape, parallel.n, work.seq_len if parallel.residual == "sharded" else None)
         if parallel.stage > 1:
@@ -113,9 +115,14 @@ def check_baselines(settings: InferConfig) -> None:
 
     What its way to cut a model needs is not checked: where it cannot run, its own words are its result.
     """
-    names, ranks = [to_name(settings.parallel)], settings.parallel.ranks
-    for name in settings.baseline:
-        layout = from_name(name)
+    main = settings.parallel
+    names, ranks = [to_name(main)], main.ranks
+    for name, layout in zip(settings.baseline, baselines_of(settings), strict=True):
+        if layout.method != "helix" and (main.aggregate == "concat" or main.projection == "block"):
+            raise ConfigError(
+                f"baseline={name} cannot compute what parallel.aggregate=concat or projection=block do, another "
+                "model; take Helix's own grids as baselines, or project and column"
+            )
         if layout.method != "single" and layout.ranks != ranks:
             raise ConfigError(
                 f"baseline={name} has {layout.ranks} ranks, and it shares the {ranks} of {names[0]}; "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from helix.config import environment
-from helix.config.methods import from_name
+from helix.config.methods import baselines_of
 from helix.config.schema import (
     ITEMSIZE,
     InferConfig,
@@ -54,7 +54,7 @@ def estimate(settings: InferConfig, local_ranks: int) -> Estimate:
     model, work = settings.model, settings.workload
     shape = to_shape(model)
     itemsize = ITEMSIZE[settings.precision]
-    methods = [settings.parallel, *map(from_name, settings.baseline)]
+    methods = [settings.parallel, *baselines_of(settings)]
     share = local_ranks / settings.parallel.ranks
     weights = sum(stored_parameters(model, each) for each in methods) * share
     if any(each.method in _BUILT_WHOLE for each in methods):
@@ -81,7 +81,7 @@ def _activations(settings: InferConfig, parallel: ParallelConfig) -> float:
     # queries, keys, values and output of the rank's head group (4 H D / n), the MLP's hidden (F, cut over ranks).
     features = 4 * shape.width + 4 * shape.attention_width / parallel.n + hidden / (parallel.m * parallel.n)
     held = tokens / parallel.data * features * itemsize
-    if parallel.schedule == "score":  # the only one that holds a whole [B, H/n, T, S], in fp32 before its softmax
+    if parallel.schedule in ("gather", "score"):  # no fused kernel: [B, H/n, T, S] whole, in fp32 before its softmax
         held += tokens / parallel.data * work.seq_len * shape.heads / parallel.n * max(itemsize, 4)
     return held * parallel.ranks
 

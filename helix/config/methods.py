@@ -1,19 +1,20 @@
 """The names of methods: helix_4x4, tp8_pp2, dp16 and the others, as `parallel=` and `baseline=[..]` take them.
 
-A name says everything that decides how a model is laid over ranks, so that a report, a table and a command line
-mean the same by it.
+A name says how many ranks there are and what each has; of the options that a method reads besides, baselines take
+the main method's (`baselines_of`).
 """
 
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
-from helix.config.schema import ConfigError, ParallelConfig
+from helix.config.schema import ConfigError, InferConfig, ParallelConfig
 from helix.partition.schedules import SCHEDULES
 
 # By `ParallelConfig.method`. n of a peer is the number of ranks that share one replica and stage.
 _FORMS = {
-    "helix": rf"helix_(?P<m>\d+)x(?P<n>\d+)(_(?P<schedule>{'|'.join(SCHEDULES)}))?",
+    "helix": rf"helix_(?P<m>\d+)x(?P<n>\d+)(_dp(?P<data>\d+))?(_(?P<schedule>{'|'.join(SCHEDULES)}))?",
     "single": "single",
     "data": r"dp(?P<data>\d+)",
     "tensor": r"tp(?P<n>\d+)(?P<sharded>_sp)?(_pp(?P<stage>\d+))?(_dp(?P<data>\d+))?",
@@ -58,10 +59,29 @@ def to_name(layout: ParallelConfig) -> str:
         "autotp": f"autotp{layout.n}",
         "transformers": f"hf_tp{layout.n}",
     }[layout.method]
-    if layout.method == "helix" and layout.schedule != "auto":
-        name += f"_{layout.schedule}"
     if layout.stage > 1:
         name += f"_pp{layout.stage}"
-    if layout.data > 1 and layout.method == "tensor":
+    if layout.data > 1 and layout.method in ("helix", "tensor"):
         name += f"_dp{layout.data}"
+    if layout.method == "helix" and layout.schedule != "auto":
+        name += f"_{layout.schedule}"
     return name
+
+
+def baselines_of(settings: InferConfig) -> list[ParallelConfig]:
+    """The layouts of `baseline`, with the main method's options where they read them too.
+
+    Raises:
+        ConfigError: if a name is no method's.
+    """
+    main = settings.parallel
+    return [_with_options(from_name(name), main) for name in settings.baseline]
+
+
+def _with_options(layout: ParallelConfig, main: ParallelConfig) -> ParallelConfig:
+    layout = replace(layout, microbatches=main.microbatches)
+    if layout.method != "helix" or main.method != "helix":
+        return layout
+    return replace(
+        layout, aggregate=main.aggregate, concat=main.concat, projection=main.projection, residual=main.residual
+    )

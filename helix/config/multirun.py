@@ -11,11 +11,15 @@ left waiting for the others in a collective that nobody will complete.
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import logging
 import sys
+import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +39,11 @@ _BASIC = f"{basic_launcher.__name__}.{basic_launcher.BasicLauncher.__name__}"
 
 def run_sweep(this: Command, composed: Composed, sweep: DictConfig) -> None:
     """All jobs that can run and were not finished by an earlier start, then their table."""
+    with _held(sweep_folder(sweep)) if environment.speaks() else nullcontext():
+        _run_sweep(this, composed, sweep)
+
+
+def _run_sweep(this: Command, composed: Composed, sweep: DictConfig) -> None:
     folder, basic = sweep_folder(sweep), sweep.hydra.launcher._target_ == _BASIC
     launcher = environment.started()
     if launcher is not None and (composed.jobs is None or not basic):
@@ -62,6 +71,18 @@ def run_sweep(this: Command, composed: Composed, sweep: DictConfig) -> None:
             file=sys.stderr,
         )
     _end(this, folder, found_jobs(folder, this.schema) if jobs is None else jobs)
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Keep a second start of the same command off this sweep's jobs, however this one ends."""
+    lock = Path(tempfile.gettempdir()) / f"helix-sweep-{hashlib.sha256(str(folder).encode()).hexdigest()[:16]}.lock"
+    with lock.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            stop(f"this sweep is running already, in {folder}; wait for it, or give another hydra.sweep.dir=", code=2)
+        yield
 
 
 def _cannot_follow(by: str, sweep: DictConfig) -> str:

@@ -18,7 +18,8 @@ from helix.partition.grid import Grid, PartitionError
 from helix.partition.schedules import SCHEDULES
 from helix.partition.shape import TransformerShape, default_expert_parallel
 
-METHODS = ("helix", "single", "data", "tensor", "context", "ulysses", "autotp", "transformers")
+METHODS = ("helix", "single", "data", "tensor")
+PEERS = ("context", "ulysses", "autotp", "transformers")  # of other projects: baselines only
 # Bytes of one stored weight by precision, in Lightning's names; "true" means weights and arithmetic alike.
 ITEMSIZE = {"64-true": 8, "32-true": 4, "bf16-true": 2, "16-true": 2}
 
@@ -239,6 +240,7 @@ def expert_ranks(parallel: ParallelConfig) -> int:
 __all__ = [
     "ITEMSIZE",
     "METHODS",
+    "PEERS",
     "ConfigError",
     "HardwareConfig",
     "InferConfig",

@@ -1,4 +1,4 @@
-"""The experts of the MoE transformer: `deepspeed.moe.layer.MoE`; the only import of DeepSpeed.
+"""The experts of the MoE transformer: `deepspeed.moe.layer.MoE`.
 
 8 experts on 16 ranks are EP8 x 2: expert g lies on rank g of each group of eight, and the two groups route
 different tokens. The tokens are sharded over all m * n ranks before the router sees them, so that each is

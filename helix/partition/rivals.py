@@ -60,6 +60,16 @@ def check_replicas(batch: int, data: int) -> None:
         raise PartitionError(f"{data} replicas cannot share {batch} samples evenly; legal: {divisors(batch)}")
 
 
+def check_data(shape: TransformerShape, data: int, batch: int) -> None:
+    """Check that replicas that share experts have equally many samples; without experts they need not.
+
+    Raises:
+        PartitionError: with the legal numbers.
+    """
+    if shape.experts:
+        check_replicas(batch, data)
+
+
 def tensor_bytes(
     cost: TransformerCost, rank: int, capacities: Sequence[int], first: bool = True, last: bool = True
 ) -> Counter[str]:

@@ -22,7 +22,7 @@ from lightning.pytorch import Trainer
 
 from helix.comm.launch import launch
 from helix.config.environment import resolve_device, started
-from helix.config.methods import from_name, to_name
+from helix.config.methods import baselines_of, to_name
 from helix.config.schema import (
     ITEMSIZE,
     InferConfig,
@@ -119,7 +119,7 @@ def _measure(settings: InferConfig, device: str, tracker: Tracker, run_dir: Path
 
 def _methods(settings: InferConfig) -> list[ParallelConfig]:
     """The main method and its baselines."""
-    return [settings.parallel, *map(from_name, settings.baseline)]
+    return [settings.parallel, *baselines_of(settings)]
 
 
 def _job(settings: InferConfig, device: torch.device) -> Job:
@@ -191,6 +191,7 @@ def _report(settings: InferConfig, began: str, everyone: list[Found], tracked: T
         **figures,
         started_at=began,
         world_size=len(everyone),
+        parallel=asdict(settings.parallel),
         model=asdict(settings.model),
         hardware=asdict(settings.hardware),
         workload=asdict(settings.workload),
@@ -224,8 +225,9 @@ def _headline(report: Report) -> dict[str, float | bool]:
         "tokens_per_s/mean": report.tokens_per_s.mean,
         "step_ms/mean": report.step_ms.mean,
         "relative_error": report.accuracy.relative_error,
-        "bytes_agree": report.comm_bytes_per_rank_per_step.agrees,
     }
+    if report.comm_bytes_per_rank_per_step.predicted is not None:
+        figures["bytes_agree"] = report.comm_bytes_per_rank_per_step.agrees
     if report.comm_ms_per_token is not None:
         figures["comm_ms_per_token/mean"] = report.comm_ms_per_token.mean
     for each in report.baselines:

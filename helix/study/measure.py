@@ -142,6 +142,7 @@ class Stopwatch(Callback):
         end = time.monotonic()
         turn: Turn = batch[0]
         self._progress.advance(self._task)
+        self._progress.refresh()
         if turn.kind is Kind.RECORDED:
             self._recording.close()
             self.measured[turn.method].recorded.append(Recorded(self._begin, end, list(self._log.spans)))
@@ -153,10 +154,9 @@ class Stopwatch(Callback):
             self._track(turn, end - self._begin)
 
     def _track(self, turn: Turn, seconds: float) -> None:
-        """One record of the W&B run for each pass; the main method's figures without a prefix."""
+        """One record of the W&B run for each pass: rank 0's own step, which a later rank may outlast."""
         prefix = "" if turn.method == self._first else f"{turn.method}/"
-        tokens = self.workload.batch_size * self.workload.seq_len
-        self._metrics |= {f"{prefix}step_ms": seconds * 1e3, f"{prefix}tokens_per_s": tokens / seconds}
+        self._metrics[f"{prefix}rank0_step_ms"] = seconds * 1e3
         if turn.ends_pass:
             self.tracker.log({"run": turn.run} | self._metrics, step=turn.batch)
             self._metrics = {}
@@ -177,7 +177,8 @@ def _progress_bar() -> Progress:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    return Progress(*columns, disable=dist.get_rank() != 0)
+    # Drawn between steps only: a drawing thread would be measured too.
+    return Progress(*columns, disable=dist.get_rank() != 0, auto_refresh=False)
 
 
 class _Turns(IterableDataset[tuple[Turn, Tensor]]):

@@ -1,4 +1,4 @@
-"""Plots of a sweep: tokens/s over m x n, and every job with its interval.
+"""Plots of a sweep: tokens/s over m x n, every job with its interval, and how many times as fast as its baselines.
 
 Drawn on `Figure` objects, without pyplot's global state, so that nothing needs a display or is left behind.
 Colours are cividis: they keep their order in grey and for every kind of colour vision.
@@ -18,7 +18,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from helix.config.environment import gpus
 from helix.study.table import figure
@@ -55,9 +55,9 @@ def draw(frame: pd.DataFrame, folder: Path) -> list[Path]:
     files = []
     for others, grids in _grids(frame):
         name = re.sub(r"[^\w.=-]+", "_", f"heatmap_{others}").strip("_")
-        files.append(_save(heat_map(grids, others), folder / f"{name}.png"))
+        files.append(save(heat_map(grids, others), folder / f"{name}.png"))
     if (frame["status"] == "done").any():
-        files.append(_save(bars(frame), folder / "bars.png"))
+        files.append(save(bars(frame), folder / "bars.png"))
     return files
 
 
@@ -139,6 +139,43 @@ def bars(frame: pd.DataFrame) -> Figure:
     return chart
 
 
+@rc_context(STYLE)
+def ratios(frame: pd.DataFrame, jobs: pd.DataFrame) -> Figure:
+    """How many times as fast as a baseline each job's main method is, with its 95 % interval; 1 is a line.
+
+    Args:
+        frame: of `helix.study.sweep.comparisons`; a row without a ratio did not run, and says so.
+        jobs: of `helix.study.sweep.table`.
+    """
+    ran = frame[frame["ratio"].notna()]
+    chart = Figure(figsize=(8, 1.6 + 0.3 * len(frame)), layout="constrained")
+    axes = chart.subplots()
+    for place, row in enumerate(frame.itertuples()):
+        if row.ratio == row.ratio:  # not NaN: it ran
+            clear = row.ratio_low > 1 or row.ratio_high < 1
+            face = colormaps[MAP](0.0) if clear else "white"
+            axes.plot([row.ratio_low, row.ratio_high], [place, place], color="black", linewidth=1.1)
+            axes.plot(row.ratio, place, "o", markersize=6, markerfacecolor=face, markeredgecolor="black")
+        else:
+            axes.text(1.02, place, f"{row.baseline} did not run", va="center", fontsize=8, color=_DARK)
+    axes.axvline(1, color=_DARK, linewidth=0.8, linestyle="--", zorder=0)
+    axes.set_yticks(range(len(frame)), [f"{row.label} / {row.baseline}" for row in frame.itertuples()])
+    axes.set_ylim(len(frame) - 0.4, -0.6)
+    axes.set_xscale("log")
+    if len(ran):
+        axes.set_xlim(min(0.9, ran["ratio_low"].min() * 0.93), max(1.1, ran["ratio_high"].max() * 1.07))
+    axes.xaxis.set_major_locator(LogLocator(base=10, subs=(0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 7)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
+    axes.grid(axis="x", color="0.88", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.tick_params(axis="y", length=0)
+    axes.set_xlabel("times as fast as the baseline (95 % interval; filled if without 1)", loc="right")
+    axes.set_title("Main method / baseline, taking turns in one launch")
+    _caption(chart, jobs)
+    return chart
+
+
 def _grids(frame: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
     """The rows for each heat map: Helix's, by the overrides that differ besides the grid."""
     helix = frame[frame["method"].str.startswith("helix_")]
@@ -166,7 +203,8 @@ def _caption(chart: Figure, frame: pd.DataFrame) -> None:
     """Where the figures come from, small, below."""
     done = frame[frame["status"] == "done"]
     models = ", ".join(sorted(set(frame["model"])))
-    shapes = ", ".join(sorted(set(frame["batch_size"].astype(str) + " x " + frame["seq_len"].astype(str))))
+    sizes = sorted(set(zip(frame["batch_size"], frame["seq_len"], strict=True)))
+    shapes = ", ".join(f"{batch} x {length}" for batch, length in sizes)
     ranks = sorted(set((done if len(done) else frame)["world_size"]))
     many = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
     days = sorted(set(done["started_at"].str.slice(0, 10)))
@@ -176,7 +214,8 @@ def _caption(chart: Figure, frame: pd.DataFrame) -> None:
     chart.supxlabel("; ".join(part for part in parts if part), fontsize=7.5, color=_DARK, x=0.01, ha="left")
 
 
-def _save(chart: Figure, path: Path) -> Path:
+def save(chart: Figure, path: Path) -> Path:
+    """Write a chart, and return its path."""
     with rc_context(STYLE):  # read when a hatch or a grid is drawn, too
         chart.savefig(path, dpi=150)
     return path

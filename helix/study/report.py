@@ -89,9 +89,10 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class Bubble:
-    """Share of a step in which a rank of a pipeline has nothing to do: measured, and by the closed form.
+    """Share of a step in which a rank of a pipeline waits: measured, and by the closed form.
 
-    Where ranks share cores, others compute in it.
+    Measured is all of the time in which the mean rank waits to receive, transfers included, and after its own end;
+    the form has equally long stages and no transfers. Where ranks share cores, others compute in it.
     """
 
     measured: float | None
@@ -149,7 +150,8 @@ class Measurement:
         wait_ms_per_token: time a token that the mean rank waited for others to come to a collective.
         compute_ms_per_token: the rest of the step. The three are of recorded steps and None where ranks have no
             common clock; where more ranks than cores share a machine, all three hold time in which another rank
-            had the core.
+            had the core. For methods whose collectives are another library's (tp, pp, cp, ulysses, autotp, hf_tp)
+            it holds the cost of watching every operator too: compare step times, not this.
         idle_ranks: ranks of the launch that the method left without work.
         bubble: of a pipeline.
     """
@@ -188,7 +190,7 @@ class Report(Measurement):
 
     Args:
         started_at: `now()`, taken when the run began.
-        model, hardware, workload: the composed config's groups as plain dicts.
+        parallel, model, hardware, workload: the composed config's groups as plain dicts.
         ttft_ms, tpot_ms: generation only: time to the first token, and time per output token.
         baselines: the methods measured beside this one, in the order in which they were named.
         settings: `helix.config.schema.digest` of the configuration.
@@ -196,6 +198,7 @@ class Report(Measurement):
 
     started_at: str
     world_size: int
+    parallel: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any]
     hardware: dict[str, Any]
     workload: dict[str, Any]

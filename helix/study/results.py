@@ -128,7 +128,7 @@ def _accuracy(first: Trial) -> Accuracy:
 
 
 def _bubble(ranks: Sequence[RankResult]) -> Bubble | None:
-    """Mean share of the recorded steps that a rank spends before its first microbatch and after its last one."""
+    """Mean share of the recorded steps that a rank waits to receive, and after its own end."""
     predicted = ranks[0].trial.bubble
     if predicted is None:
         return None

@@ -11,7 +11,6 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from helix.config.environment import started
 from helix.config.methods import to_name
 from helix.config.schema import InferConfig
 from helix.config.sweep import SweepJob, labels, others, outcome, report_of
@@ -21,18 +20,22 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # Columns that hold text; the others hold numbers, missing where a job was not measured.
-_TEXT = ("overrides", "label", "others", "status", "reason", "method", "model", "schedule", "folder", "started_at")
+_TEXT = (
+    "overrides",
+    "label",
+    "others",
+    "status",
+    "reason",
+    "method",
+    "model",
+    "schedule",
+    "folder",
+    "started_at",
+    "reference",
+)
 WIDE = 96  # columns of a terminal
 # Summaries of the report: the mean in a column of this name, its 95 % interval in _low and _high.
 _SUMMARIES = ("tokens_per_s", "step_ms", "comm_ms_per_token")
-
-
-def agree(words: list[str]) -> list[str]:
-    """Rank 0's words, on every rank that torchrun or srun started."""
-    from helix.comm.launch import launch  # a table needs no torch
-
-    here = started()
-    return launch(lambda: words, ranks=here.ranks)[0] if here is not None else words
 
 
 def collect(folder: Path, jobs: Sequence[SweepJob], console: Console | None = None) -> pd.DataFrame:
@@ -45,17 +48,85 @@ def collect(folder: Path, jobs: Sequence[SweepJob], console: Console | None = No
     Returns:
         the table; see `table`.
     """
-    from helix.study.plots import draw
+    from helix.study.growth import draw_growth
+    from helix.study.plots import draw, ratios, save
 
-    frame = table(jobs)
+    frame, beside = table(jobs), comparisons(jobs)
     folder.mkdir(parents=True, exist_ok=True)
-    frame.to_csv(folder / "sweep.csv", index=False)
-    frame.to_parquet(folder / "sweep.parquet", index=False)
-    files = ["sweep.csv", "sweep.parquet", *(path.name for path in draw(frame, folder))]
+    files = [*_write(frame, folder / "sweep"), *draw(frame, folder), *draw_growth(jobs, folder)]
     console = console or Console()
     console.print(render(frame, console.width))
-    console.print(Text(f"{folder}: {', '.join(files)}", style="dim"), soft_wrap=True)
+    if len(beside):
+        files += [*_write(beside, folder / "baselines"), save(ratios(beside, frame), folder / "ratios.png")]
+        console.print(Text(), _compared(beside), sep="\n")
+    console.print(Text(f"{folder}: {', '.join(path.name for path in files)}", style="dim"), soft_wrap=True)
     return frame
+
+
+def comparisons(jobs: Sequence[SweepJob]) -> pd.DataFrame:
+    """A row for each job and each of its baselines, in order.
+
+    `ratio` is how many times as fast as the baseline the job's main method is, with `_low` and `_high` for its 95 %
+    interval; it is missing where the baseline did not run, and `error` has its words. The other figures are the
+    baseline's own; `relative_error` is against `reference`, and `relative_error_to_h_heads` there for `perslice`.
+    """
+    import pandas as pd
+
+    rows = []
+    for job, label in zip(jobs, labels(jobs), strict=True):
+        for each in (report_of(job.folder, job.settings) or {"baselines": []})["baselines"]:
+            row = {"job": job.number, "label": label, "baseline": each["method"]["name"], "error": each.get("error")}
+            if "paired" in each:
+                paired, traffic = each["paired"], each["comm_bytes_per_rank_per_step"]["executed"]
+                row |= {
+                    "ratio": paired["ratio"],
+                    "ratio_low": paired["ci95"][0],
+                    "ratio_high": paired["ci95"][1],
+                    "p": paired["p"],
+                    "cohens_d": paired["cohens_d"],
+                    "cohens_d_pooled": paired["cohens_d_pooled"],
+                    "minimum_detectable_ratio": paired["minimum_detectable_ratio"],
+                    "tokens_per_s": each["tokens_per_s"]["mean"],
+                    "step_ms": each["step_ms"]["mean"],
+                    "weights_bytes": each["memory_bytes_per_rank"]["weights"],
+                    "sent_bytes": sum(traffic.values()),
+                    "reference": each["accuracy"]["reference"],
+                    "relative_error": each["accuracy"]["relative_error"],
+                    "relative_error_to_h_heads": each["accuracy"].get("relative_error_to_h_heads"),
+                    "idle_ranks": each["idle_ranks"],
+                }
+            rows.append(row)
+    frame = pd.DataFrame(rows)
+    return (
+        frame
+        if "ratio" in frame
+        else frame.assign(ratio=float("nan"), ratio_low=float("nan"), ratio_high=float("nan"))
+    )
+
+
+def _write(frame: pd.DataFrame, path: Path) -> list[Path]:
+    """The table as CSV and as Parquet."""
+    files = [path.with_suffix(".csv"), path.with_suffix(".parquet")]
+    frame.to_csv(files[0], index=False)
+    frame.to_parquet(files[1], index=False)
+    return files
+
+
+def _compared(beside: pd.DataFrame) -> Table:
+    """Each job's name, and its baselines below."""
+    shown = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    shown.add_column("job, and what took turns with it", overflow="fold")
+    for name in ("it is x (95 %)", "p", "its weights", "sent"):
+        shown.add_column(name, justify="right", no_wrap=True)
+    for (job, label), rows in beside.groupby(["job", "label"], sort=False):
+        shown.add_row(Text(f"{job}  {label}", style="bold"))
+        for row in rows.itertuples():
+            cells = ["did not run", "", "", ""]
+            if row.ratio == row.ratio:  # not NaN: it ran
+                ratio = f"{row.ratio:.2f} ({row.ratio_low:.2f}..{row.ratio_high:.2f})"
+                cells = [ratio, f"{row.p:.1g}", size(int(row.weights_bytes)), size(int(row.sent_bytes))]
+            shown.add_row(f"   {row.baseline}", *cells)
+    return shown
 
 
 def table(jobs: Sequence[SweepJob]) -> pd.DataFrame:
@@ -98,7 +169,7 @@ def _row_names() -> list[str]:
     names = ["job", "label", "status", "reason", "method", "m", "n", "data", "stage", "schedule", "world_size"]
     names += ["model", "batch_size", "seq_len"]
     names += [name + end for name in _SUMMARIES for end in ("", "_low", "_high")]
-    names += ["weights_bytes", "peak_bytes", "sent_bytes", "relative_error"]
+    names += ["weights_bytes", "peak_bytes", "sent_bytes", "reference", "relative_error", "relative_error_to_h_heads"]
     return [*names, "overrides", "others", "started_at", "folder"]
 
 
@@ -129,6 +200,8 @@ def _row(job: SweepJob) -> dict[str, Any]:
 def _measures(report: dict[str, Any]) -> dict[str, Any]:
     row: dict[str, Any] = {}
     for name in _SUMMARIES:
+        if report[name] is None:  # ranks of several hosts have no common clock to split a step by
+            continue
         low, high = report[name]["ci95"]
         row |= {name: report[name]["mean"], f"{name}_low": low, f"{name}_high": high}
     memory, traffic = report["memory_bytes_per_rank"], report["comm_bytes_per_rank_per_step"]
@@ -139,13 +212,15 @@ def _measures(report: dict[str, Any]) -> dict[str, Any]:
         "weights_bytes": memory["weights"],
         "peak_bytes": memory["peak"],
         "sent_bytes": sum(traffic["executed"].values()),
+        "reference": report["accuracy"]["reference"],
         "relative_error": report["accuracy"]["relative_error"],
+        "relative_error_to_h_heads": report["accuracy"].get("relative_error_to_h_heads"),
         "started_at": report["started_at"],
     }
 
 
 def _measured(done: pd.DataFrame, width: int) -> Table:
-    names = ["ranks", "tokens/s", "± 95 %", "step ms", "comm us", "error"]
+    names = ["ranks", "tokens/s", "± 95 %", "step ms", "comm us/token", "error"]
     if width >= WIDE:
         names[-1:-1] = ["weights", "sent"]
     shown = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
@@ -160,7 +235,7 @@ def _measured(done: pd.DataFrame, width: int) -> Table:
             "tokens/s": figure(row.tokens_per_s),
             "± 95 %": figure((row.tokens_per_s_high - row.tokens_per_s_low) / 2),
             "step ms": figure(row.step_ms),
-            "comm us": f"{row.comm_ms_per_token * 1e3:.3g}",  # a token
+            "comm us/token": f"{row.comm_ms_per_token * 1e3:.3g}",  # nan where it is not known
             "weights": size(int(row.weights_bytes)),
             "sent": size(int(row.sent_bytes)),
             "error": f"{row.relative_error:.1e}",

@@ -94,6 +94,10 @@ def _traffic(report: Report) -> RenderableType:
     if not names:
         return Text("Nothing moves between ranks.")
     table = _table("leaves one rank in one step, bytes", "executed", "predicted", "")
+    if traffic.predicted is None:  # no closed form
+        for name in names:
+            table.add_row(name, f"{executed[name]:,}", "-", "")
+        return table
     for name in names:
         pair = executed.get(name, 0), predicted.get(name, 0)
         table.add_row(name, *(f"{count:,}" for count in pair), _mark(pair[0] == pair[1]))
@@ -125,11 +129,12 @@ def _side_by_side(report: Report) -> Table:
     main = report.method.name
     table = _table("taking turns", "tokens/s", f"{main} is x", "p", "weights", "sent", "error")
     table.columns[0].min_width = 12
+    table.padding = (0, 1, 0, 0)  # closer than the others: seven columns in 80
     rows: list[tuple[Measurement | Refusal, Paired | None]] = [(report, None)]
     rows += [(each, each.paired if isinstance(each, Rival) else None) for each in report.baselines]
     for each, paired in rows:
         if isinstance(each, Refusal):
-            table.add_row(each.method.name, Text("did not run", style="yellow"))
+            table.add_row(each.method.name, "", Text("did not run", style="yellow"))
             continue
         ratio = p = ""
         if paired is not None:
@@ -160,6 +165,12 @@ def _notes(report: Report) -> list[RenderableType]:
         if each.bubble is not None:
             measured = "" if each.bubble.measured is None else f", measured {each.bubble.measured:.0%}"
             notes.append(f"{each.method.name}: pipeline bubble {each.bubble.predicted:.0%} by its form{measured}.")
+        distance = each.accuracy.relative_error_to_h_heads
+        if distance is not None and each is not report:
+            notes.append(
+                f"{each.method.name} computes another function: its error is against attention with narrow heads, and "
+                f"{distance:.0%} against the attention with {report.model['heads']} heads."
+            )
         if each.accuracy.reference == "own_model_single":
             notes.append(f"{each.method.name} runs a model of its own, and its error is against that.")
     return [Text(note, style="dim") for note in notes]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -18,6 +20,8 @@ from helix.partition.grid import PartitionError
 from helix.study.accuracy import Function, Oracle, function_of, relative_error
 from helix.study.memory import PeakMemory
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class Trial:
@@ -30,7 +34,7 @@ class Trial:
             method without closed forms.
         weight_bytes, predicted_weight_bytes: of this rank's parameters.
         activation_bytes: growth of this rank's memory over the first step; see `PeakMemory`.
-        idle_ranks, bubble: see `Method`.
+        idle_ranks, bubble: see `helix.parallel.methods.method.Method`.
     """
 
     reference: str
@@ -55,7 +59,7 @@ def try_out(
     """Build a method and run two steps, the second one counted. All ranks call it.
 
     Args:
-        kind: a name of `helix.config.schema.METHODS`.
+        kind: a name of `helix.config.schema.METHODS` or `PEERS`.
         tokens: [B, T] on this rank's device.
         oracle: of the same tokens.
         mesh: see `helix.parallel.methods.build.build`.
@@ -63,22 +67,34 @@ def try_out(
     Raises:
         Refused: on every rank, if the method raised on any of them.
     """
-    method, error = None, None
+    method = _together(lambda: build(kind, job, layout, mesh))
+    memory = PeakMemory(job.device)
+    output = _together(lambda: _step(method, tokens))
+    growth = memory.growth()
+    return method, _together(lambda: _check(method, output, growth, tokens, oracle))
+
+
+@torch.inference_mode()
+def _step(method: Method, tokens: Tensor) -> Tensor | None:
+    return method.step(tokens)
+
+
+def _together(run: Callable[[], T]) -> T:
+    """Run something on every rank; if it raises on any, raise on all.
+
+    A refusal comes on all ranks at the same place, as they run the same code on the same shapes. What need not,
+    memory that runs out, ends the launch: the others may be waiting in a collective.
+    """
+    result: T | None = None
+    error: Exception | None = None
     try:
-        method = build(kind, job, layout, mesh)
+        result = run()
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception as raised:  # a peer may raise anything: its words are the result
         error = raised
     _agree(error)
-    assert method is not None
-    output: Tensor | None = None
-    memory = PeakMemory(job.device)
-    try:
-        with torch.inference_mode():
-            output = method.step(tokens)
-    except Exception as raised:
-        error = raised
-    _agree(error)
-    return method, _check(method, output, memory.growth(), tokens, oracle)
+    return cast(T, result)
 
 
 def _agree(error: Exception | None) -> None:

@@ -1,8 +1,9 @@
 """Who runs which step when: methods of one launch take turns, so that a drift of the machine falls on all alike.
 
-A run is `warmup` steps of each method, `iterations` timed passes, and one recorded pass. Every second pass goes
+A run is `warmup` steps of each method, one recorded pass, and `iterations` timed passes. Every second timed pass goes
 through the methods backwards (A B C, C B A: "ABBA"), so that none always follows the same neighbour. In the
-recorded pass collectives are counted and their spans kept, which the timed ones do without.
+recorded pass collectives are counted and their spans kept, which the timed ones do without; before them, it is one
+more step to warm up.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Turn:
 
 def take_turns(methods: Sequence[str], warmup: int, iterations: int, runs: int) -> Iterator[Turn]:
     """The turns of all runs, in order; the same on every rank."""
-    kinds = [Kind.WARMUP] * warmup + [Kind.TIMED] * iterations + [Kind.RECORDED]
+    kinds = [Kind.WARMUP] * warmup + [Kind.RECORDED] + [Kind.TIMED] * iterations
     timed = 0
     for run in range(runs):
         for step, kind in enumerate(kinds):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Set
+from contextlib import suppress
 
 from helix.comm.mesh import Mesh
 from helix.parallel.methods.method import Job, Layout, Method
@@ -12,28 +13,29 @@ def load(methods: Set[str], experts: bool, device_type: str) -> None:
     """Import what these methods need. Whoever forks ranks calls it first: one import serves all of them.
 
     Args:
-        methods: names of `helix.config.schema.METHODS`.
+        methods: names of `helix.config.schema.METHODS` or `PEERS`.
         experts: whether the model has any.
     """
-    if experts or methods & {"ulysses", "autotp"}:
-        from helix.models.experts import load_deepspeed
+    with suppress(ImportError):  # building says it again: a package that is not installed is a peer's result too
+        if experts or methods & {"ulysses", "autotp"}:
+            from helix.models.experts import load_deepspeed
 
-        load_deepspeed(device_type)
-    if "autotp" in methods:
-        from helix.parallel.methods.autotp import AutoTensorParallel
+            load_deepspeed(device_type)
+        if "autotp" in methods:
+            from helix.parallel.methods.autotp import AutoTensorParallel
 
-        AutoTensorParallel.load(device_type)
-    if "transformers" in methods:
-        from helix.parallel.methods.hugging_face import HuggingFace
+            AutoTensorParallel.load(device_type)
+        if "transformers" in methods:
+            from helix.parallel.methods.hugging_face import HuggingFace
 
-        HuggingFace.load(device_type)
+            HuggingFace.load(device_type)
 
 
 def build(method: str, job: Job, layout: Layout, mesh: Mesh | None = None) -> Method:
     """Construct a method's model on all ranks of the launch. Each method's libraries are imported only with it.
 
     Args:
-        method: a name of `helix.config.schema.METHODS`.
+        method: a name of `helix.config.schema.METHODS` or `PEERS`.
         mesh: of the layout's axes, if there is one already (Helix only).
 
     Raises:

@@ -12,7 +12,7 @@ from helix.models.plain import PlainTransformer
 from helix.parallel.methods.experts import expert_layers
 from helix.parallel.methods.method import Job, Layout, Method
 from helix.partition import rivals
-from helix.partition.grid import Grid, PartitionError
+from helix.partition.grid import Grid
 from helix.partition.transformer_cost import expert_bytes
 
 
@@ -22,28 +22,25 @@ class DataParallel(Method):
     Where there are fewer samples than replicas the last ones are idle.
 
     Raises:
-        PartitionError: if there are experts and replicas without a sample, which no token would reach.
+        PartitionError: if there are experts, whose exchange needs equally many samples on every replica, and the
+            replicas do not divide the samples.
     """
 
     def __init__(self, job: Job, layout: Layout) -> None:
         super().__init__(job, layout)
-        self.model: PlainTransformer | None = None
+        rivals.check_data(job.shape, layout.data, job.batch)
         self.idle_ranks = max(0, layout.data - job.batch)
-        if job.shape.experts and self.idle_ranks:
-            raise PartitionError(
-                f"data parallelism with experts over {layout.data} ranks needs a sample for each, not {job.batch}"
-            )
         self.rank = dist.get_rank()
         # The experts lie across the replicas, which are one axis for them.
         replicas = Mesh(Grid(1, layout.data), device_type=job.device.type)
         with job.device:
             experts = expert_layers(job, replicas, layout.ep_size, sharded=True)
-            self.model = PlainTransformer(job.shape, job.dtype, experts)
+            self.model: PlainTransformer = PlainTransformer(job.shape, job.dtype, experts)
             self.model.init_weights(job.seed)
 
     def step(self, tokens: Tensor) -> Tensor | None:
         own = tokens.tensor_split(self.layout.data)[self.rank]
-        return self.model(own) if self.model is not None and len(own) else None
+        return self.model(own) if len(own) else None
 
     def whole_logits(self, output: Tensor | None) -> Tensor | None:
         return self.gather(None if output is None else output.flatten(0, 1))

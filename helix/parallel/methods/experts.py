@@ -1,4 +1,4 @@
-"""The experts of the methods that are not Helix: DeepSpeed-MoE too, so that a comparison compares the rest."""
+"""The experts of the rivals that partition a model: DeepSpeed-MoE too, so that a comparison compares the rest."""
 
 from __future__ import annotations
 

@@ -82,13 +82,23 @@ class HuggingFace(Method):
         folders: list[Any] = [None] * dist.get_world_size()
         with ExitStack() as stack:
             if int(os.environ["LOCAL_RANK"]) == 0:
-                folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="helix-llama-"))
-                self.whole().save_pretrained(folder)
-                dist.all_gather_object(folders, {own: folder})
+                dist.all_gather_object(folders, {own: self._save(stack)})
             else:
                 dist.all_gather_object(folders, {})
-            yield ChainMap(*folders)[own]
+            found = ChainMap(*folders)
+            if errors := [each for each in found.values() if isinstance(each, OSError)]:
+                raise errors[0]  # on every rank
+            yield found[own]
             dist.barrier()
+
+    def _save(self, stack: ExitStack) -> str | OSError:
+        """The folder with the weights; a full disk is an answer too, which the other ranks wait for."""
+        try:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="helix-llama-"))
+            self.whole().save_pretrained(folder)
+        except OSError as error:
+            return error
+        return folder
 
     def step(self, tokens: Tensor) -> Tensor:
         logits: Tensor = self.model(tokens, use_cache=False).logits

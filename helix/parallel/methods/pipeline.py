@@ -15,6 +15,7 @@ from helix.parallel.methods.method import Job, Layout, Method
 from helix.parallel.methods.tensor import (
     by_sequence,
     join_vocabulary,
+    name_tensor,
     tensor_cost,
     tensor_parallel,
 )
@@ -59,7 +60,7 @@ class TensorPipeline(Method):
         if layout.grid.ranks > 1:
             tensor = self.ranks.device_mesh["head"]
             tensor_parallel(model, tensor, self.sequence)
-            self.axes[tensor.get_group().group_name] = "tensor"
+            self.axes |= name_tensor(tensor)
         return model
 
     def step(self, tokens: Tensor) -> Tensor | None:

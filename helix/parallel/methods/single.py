@@ -15,7 +15,7 @@ from helix.partition import rivals
 
 
 class Single(Method):
-    """`single`: rank 0 computes, the other ranks of the launch wait."""
+    """`single`: rank 0 computes, the other ranks of the launch wait. Its experts are plain PyTorch."""
 
     def __init__(self, job: Job, layout: Layout) -> None:
         super().__init__(job, layout)

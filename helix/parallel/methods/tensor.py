@@ -53,7 +53,7 @@ class TensorParallel(Method):
         if ranks > 1:
             tensor = self.ranks.device_mesh["head"]
             tensor_parallel(self.model, tensor, self.sequence)
-            self.axes = {tensor.get_group().group_name: "tensor"}
+            self.axes = name_tensor(tensor)
 
     def step(self, tokens: Tensor) -> Tensor:
         return self.model(tokens.chunk(self.layout.data)[self.ranks.data.rank])
@@ -74,6 +74,15 @@ class TensorParallel(Method):
 
     def predicted_weight_bytes(self) -> int:
         return tensor_cost(self.job, self.layout, 1).weight_bytes(self.ranks.model.rank)
+
+
+def name_tensor(mesh: DeviceMesh) -> dict[str, str]:
+    """`Method.axes` of a tensor parallel model: its group by name and by description.
+
+    DTensor remembers layouts by meshes that are equal, and so may use the group of an equal mesh of another method.
+    """
+    group = mesh.get_group()
+    return {group.group_name: "tensor", group.group_desc: "tensor"}
 
 
 def tensor_cost(job: Job, layout: Layout, batch: int) -> TransformerCost:
