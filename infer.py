@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from helix.config.cli import command, stop
+from helix.command.cli import command, stop
+from helix.command.sweep import SweepJob
 from helix.config.schema import InferConfig
-from helix.config.sweep import SweepJob
 
 
 def collect(folder: Path, jobs: Sequence[SweepJob]) -> None:

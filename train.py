@@ -8,15 +8,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from helix.config.cli import command, stop
+from helix.command.cli import command, stop
+from helix.command.sweep import SweepJob
 from helix.config.schema import ConfigError
-from helix.config.sweep import SweepJob
 from helix.config.train_schema import TrainConfig, check_training
 
 
 def collect(folder: Path, jobs: Sequence[SweepJob]) -> None:
     """A sweep's end: one table of all its jobs."""
-    from helix.study.training_report import collect
+    from helix.training.report import collect
 
     collect(folder, jobs)
 
@@ -34,9 +34,9 @@ CONF = Path(__file__).resolve().parent / "conf"
 @command("train", conf=CONF, collect=collect, agree=agree, schema=TrainConfig, check=check_training)
 def main(settings: TrainConfig, run_dir: Path) -> None:
     """Train what was configured; torch is imported from here on, when nothing is wrong any more."""
+    from helix.checkpoint.manifest import CheckpointError
     from helix.comm.launch import RankError
-    from helix.parallel.manifest import CheckpointError
-    from helix.study.training import run
+    from helix.training.run import run
 
     try:
         run(settings, run_dir=run_dir)

@@ -2,7 +2,7 @@
 
 They are checked without torch.
 
-Exit codes as in `helix.config.cli`: 0 done, 1 failed while running, 2 wrong input, 130 interrupted.
+Exit codes as in `helix.command.cli`: 0 done, 1 failed while running, 2 wrong input, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import warnings
 from pathlib import Path
 from typing import NoReturn
 
+from helix.checkpoint.manifest import CheckpointError, CheckpointWarning, verify
 from helix.config import environment
 from helix.config.schema import ConfigError
-from helix.parallel.manifest import CheckpointError, CheckpointWarning, verify
 from helix.partition.grid import Grid, HeadLayout, PartitionError
 from helix.partition.schedules import SCHEDULES, check_schedule, legal_schedules
 
@@ -52,17 +52,17 @@ def _checkpoint(options: argparse.Namespace) -> None:
         manifest = verify(source)
         print(f"{source} is whole: {len(manifest.tensors)} tensors, {manifest.nbytes / 1e6:.1f} MB")
         return
-    from helix.parallel import checkpoint  # brings torch
+    from helix.checkpoint import portable  # brings torch
 
     if options.what == "export":
         with warnings.catch_warnings(record=True) as refused:
             warnings.simplefilter("always", CheckpointWarning)
-            nbytes = checkpoint.export(options.checkpoint, options.file)
+            nbytes = portable.export(options.checkpoint, options.file)
         for each in refused:
             print(f"python -m helix: warning: {each.message}", file=sys.stderr)
         print(f"exported {options.checkpoint} to {options.file}: {nbytes / 1e6:.1f} MB")
     else:
-        nbytes = checkpoint.import_(options.file, options.checkpoint)
+        nbytes = portable.import_(options.file, options.checkpoint)
         print(f"imported {options.file} as {options.checkpoint}: {nbytes / 1e6:.1f} MB")
 
 

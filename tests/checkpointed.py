@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from helix.checkpoint.save_and_load import load, save
+from helix.checkpoint.whole import state_tensors, wholes
 from helix.comm.mesh import Mesh
 from helix.models.transformer import Transformer
-from helix.parallel.checkpoint import load, save
-from helix.parallel.whole import state_tensors, wholes
 from helix.partition.grid import Grid
 from helix.partition.options import AttentionOptions
 from helix.partition.shape import TransformerShape

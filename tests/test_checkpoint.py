@@ -11,11 +11,11 @@ from ranks import on_ranks
 from torch import nn
 
 from helix.attention import HelixAttention
+from helix.checkpoint import manifest
+from helix.checkpoint.save_and_load import BackgroundSaver, CheckpointError, load, save
 from helix.comm.mesh import Mesh
 from helix.models.plain import PlainTransformer
 from helix.models.transformer import Transformer
-from helix.parallel import checkpoint, manifest
-from helix.parallel.checkpoint import BackgroundSaver, CheckpointError, load, save
 from helix.parallel.shard_data import shard_over_data
 from helix.partition.grid import Grid
 from helix.partition.options import AttentionOptions
@@ -173,7 +173,7 @@ def _misfits(folder: Path) -> list[str]:
         (model, [optimizer, sgd]),
     ):
         with pytest.raises(CheckpointError) as caught:
-            checkpoint.load(folder, other, optimizers)
+            load(folder, other, optimizers)
         reasons.append(str(caught.value))
     assert digests_of(wide) == before
     return reasons

@@ -16,9 +16,9 @@ import torch
 from checkpointed import DENSE, build, loaded, step_once, trained
 from ranks import on_ranks
 
+from helix.checkpoint import manifest, storage
+from helix.checkpoint.save_and_load import BackgroundSaver, CheckpointError, CheckpointWarning, load, restore, save
 from helix.comm.launch import RankError
-from helix.parallel import manifest, storage
-from helix.parallel.checkpoint import BackgroundSaver, CheckpointError, CheckpointWarning, load, restore, save
 from helix.partition.grid import Grid
 from helix.partition.shape import TransformerShape
 

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from helix.__main__ import main
-from helix.parallel import manifest
-from helix.parallel.checkpoint import CheckpointError, CheckpointWarning, export, import_, latest, save, verify
+from helix.checkpoint import manifest
+from helix.checkpoint.save_and_load import CheckpointError, CheckpointWarning, export, import_, latest, save, verify
 
 WEIGHTS = {
     "b": torch.arange(12, dtype=torch.float32).view(3, 4),

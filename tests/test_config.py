@@ -13,10 +13,10 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from helix.command.cli import command
+from helix.command.compose import prepare, typed
 from helix.config import environment
 from helix.config.check import check
-from helix.config.cli import command
-from helix.config.compose import prepare, typed
 from helix.config.memory import estimate, stored_parameters
 from helix.config.methods import from_name, to_name
 from helix.config.schema import (

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from helix.command.sweep import REPORT, SweepJob
 from helix.config.schema import (
     HardwareConfig,
     InferConfig,
@@ -19,7 +20,6 @@ from helix.config.schema import (
     digest,
     to_shape,
 )
-from helix.config.sweep import REPORT, SweepJob
 from helix.partition.grid import Grid
 from helix.partition.options import AttentionOptions
 from helix.partition.transformer_cost import TransformerCost

@@ -17,10 +17,11 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
+from helix.command.cli import command, stop
+from helix.command.job import Agree, Task
+from helix.command.multirun import _held
+from helix.command.sweep import FAILED, REPORT, SKIPPED, Progress, SweepJob, folder_name, keep, labels, outcome
 from helix.config import environment
-from helix.config.cli import command, stop
-from helix.config.job import Agree, Task
-from helix.config.multirun import _held
 from helix.config.schema import (
     HardwareConfig,
     InferConfig,
@@ -30,7 +31,6 @@ from helix.config.schema import (
     WorkloadConfig,
     digest,
 )
-from helix.config.sweep import FAILED, REPORT, SKIPPED, Progress, SweepJob, folder_name, keep, labels, outcome
 from helix.study.plots import MOST_BARS, bars, draw
 from helix.study.report import Accuracy, Memory, Method, Report, Schedules, Traffic, write
 from helix.study.statistics import summarize

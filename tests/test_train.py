@@ -12,18 +12,18 @@ from hydra import compose, initialize_config_dir
 from ranks import on_ranks
 from rich.console import Console
 
+from helix.checkpoint.manifest import checkpoints
+from helix.command.compose import prepare, typed
 from helix.config.check import check_values
-from helix.config.compose import prepare, typed
 from helix.config.schema import ConfigError
 from helix.config.train_schema import OptimizerConfig, TrainConfig, check_enough, check_training
-from helix.parallel.manifest import checkpoints
 from helix.partition.grid import PartitionError
-from helix.study.learner import lr_factor
 from helix.study.report import Method, Schedules
 from helix.study.text import TrainingText, corpus
 from helix.study.tracking import Tracker
-from helix.study.training import train
-from helix.study.training_report import TrainReport, Validation, render
+from helix.training.learner import lr_factor
+from helix.training.report import TrainReport, Validation, render
+from helix.training.run import train
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = [

@@ -1,1 +1,1 @@
-"""Applying a partition: the Lightning strategy, gradients, and PyTorch's own tensor parallelism as the peer."""
+"""Applying a partition: the Lightning strategy, gradients, precision, and `methods/`, the ways to cut a model."""

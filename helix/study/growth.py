@@ -19,9 +19,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 from scipy import optimize
 
+from helix.command.sweep import SweepJob, report_of
 from helix.config.methods import from_name
 from helix.config.schema import ITEMSIZE, InferConfig, expert_parallel, to_shape
-from helix.config.sweep import SweepJob, report_of
 from helix.partition.grid import Grid
 from helix.partition.options import AttentionOptions
 from helix.partition.schedules import SCHEDULES, refusal

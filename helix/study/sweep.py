@@ -11,9 +11,9 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from helix.command.sweep import SweepJob, labels, others, outcome, report_of
 from helix.config.methods import to_name
 from helix.config.schema import InferConfig
-from helix.config.sweep import SweepJob, labels, others, outcome, report_of
 from helix.study.table import figure, size
 
 if TYPE_CHECKING:

@@ -12,12 +12,12 @@ import hydra
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from helix.command.compose import VERSION_BASE, check_folder, typed
+from helix.command.explain import explain
+from helix.command.sweep import SweepJob
 from helix.config import environment
 from helix.config.check import check
-from helix.config.compose import VERSION_BASE, check_folder, typed
-from helix.config.explain import explain
 from helix.config.schema import ConfigError, InferConfig, Misfit, PartitionError, Settings
-from helix.config.sweep import SweepJob
 
 # Both are given the command's own configuration: an instance of `Command.schema`.
 Task = Callable[[Any, Path], None]

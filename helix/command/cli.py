@@ -21,12 +21,12 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from helix.command.compose import Composed, compose_jobs, prepare
+from helix.command.explain import FORM, explain
+from helix.command.job import Agree, Check, Collect, Command, Task, hand_to_hydra, settle, stop
+from helix.command.multirun import run_sweep
 from helix.config import environment
 from helix.config.check import check as check_infer
-from helix.config.compose import Composed, compose_jobs, prepare
-from helix.config.explain import FORM, explain
-from helix.config.job import Agree, Check, Collect, Command, Task, hand_to_hydra, settle, stop
-from helix.config.multirun import run_sweep
 from helix.config.schema import ConfigError, InferConfig, PartitionError
 
 # What composing can raise. Configs are data, so none of these is a fault of the program; ValueError and OSError

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from helix.parallel.manifest import CheckpointError, Manifest
-from helix.parallel.storage import dtype_of
-from helix.parallel.whole import STATE, Whole, names
+from helix.checkpoint.manifest import CheckpointError, Manifest
+from helix.checkpoint.storage import dtype_of
+from helix.checkpoint.whole import STATE, Whole, names
 
 
 def prefix(found: dict[str, Whole], manifest: Manifest, path: Path) -> str:

@@ -19,8 +19,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from helix.parallel.checkpoint import BackgroundSaver, CheckpointError, Loaded, Saved, restore, save
-from helix.parallel.manifest import checkpoints, plain
+from helix.checkpoint.manifest import checkpoints, plain
+from helix.checkpoint.save_and_load import BackgroundSaver, CheckpointError, Loaded, Saved, restore, save
 
 
 class HelixCheckpoints(Callback):

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from helix.comm import transport
 from helix.config.train_schema import TrainConfig
-from helix.study.learner import NATS_PER_BIT, LanguageModel
 from helix.study.tracking import Tracker
+from helix.training.learner import NATS_PER_BIT, LanguageModel
 
 
 class Curves(Callback):

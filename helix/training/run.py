@@ -15,16 +15,16 @@ from helix.config.environment import resolve_device, started
 from helix.config.methods import to_name
 from helix.config.schema import ITEMSIZE, digest, to_grid, to_shape
 from helix.config.train_schema import TrainConfig, check_enough
-from helix.parallel.checkpoint_io import HelixCheckpoints
+from helix.parallel.checkpoint_callback import HelixCheckpoints
 from helix.parallel.strategy import HelixStrategy
 from helix.partition.cost import cheapest_schedule
 from helix.partition.options import AttentionOptions
-from helix.study.curves import Bar, Curves
-from helix.study.learner import LanguageModel, TrainingBatches, ValidationBatches
 from helix.study.report import Method, Schedules, Tracked, now
 from helix.study.text import TrainingText, corpus, describe, unigram_entropy
 from helix.study.tracking import Tracker, track
-from helix.study.training_report import TrainReport, Validation, show, write
+from helix.training.curves import Bar, Curves
+from helix.training.learner import LanguageModel, TrainingBatches, ValidationBatches
+from helix.training.report import TrainReport, Validation, show, write
 
 
 def run(settings: TrainConfig, run_dir: Path) -> None:

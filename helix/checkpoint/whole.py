@@ -24,9 +24,9 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from helix.checkpoint.manifest import CheckpointError
 from helix.models.experts import Expert, Experts
 from helix.models.plain import PlainAttention, PlainExperts, PlainMLP, PlainTransformer
-from helix.parallel.manifest import CheckpointError
 
 STATE = "optimizer/"
 # Torch's and its wrappers' own parts of a parameter's name.

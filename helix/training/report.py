@@ -14,7 +14,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from helix.config.sweep import SweepJob, labels, outcome, report_of
+from helix.command.sweep import SweepJob, labels, outcome, report_of
 from helix.study.report import Method, Tracked, command, git_commit, plain, versions, write_whole
 
 

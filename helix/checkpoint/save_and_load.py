@@ -3,7 +3,7 @@
     save("checkpoints", module, [optimizer], extra={"epoch": 3}, keep=2, step=350)
     extra = load("checkpoints", module, [optimizer])    # the newest whole one; on another grid, too
 
-What a checkpoint is on the disk: `helix.parallel.manifest`. Which names and shapes it has: `helix.parallel.whole`.
+What a checkpoint is on the disk: `helix.checkpoint.manifest`. Which names and shapes it has: `helix.checkpoint.whole`.
 Who writes and reads which part: `torch.distributed.checkpoint`.
 """
 
@@ -25,13 +25,13 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.optim import Optimizer
 
-from helix.parallel import manifest as files
-from helix.parallel import restoring
-from helix.parallel.agree import from_rank_0, rank, together, told
-from helix.parallel.manifest import About, CheckpointError, CheckpointWarning, Manifest, latest, verify
-from helix.parallel.portable import export, import_
-from helix.parallel.storage import SafetensorsWriter, alone, read_alone
-from helix.parallel.whole import groups, state_tensors, wholes
+from helix.checkpoint import manifest as files
+from helix.checkpoint import restoring
+from helix.checkpoint.agree import from_rank_0, rank, together, told
+from helix.checkpoint.manifest import About, CheckpointError, CheckpointWarning, Manifest, latest, verify
+from helix.checkpoint.portable import export, import_
+from helix.checkpoint.storage import SafetensorsWriter, alone, read_alone
+from helix.checkpoint.whole import groups, state_tensors, wholes
 
 __all__ = [
     "BackgroundSaver",

@@ -19,10 +19,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from helix.config.explain import missing_value, unknown_key
+from helix.command.explain import missing_value, unknown_key
+from helix.command.sweep import SweepJob, folder_name
 from helix.config.methods import to_name
 from helix.config.schema import ConfigError, InferConfig, ParallelConfig, Settings, register
-from helix.config.sweep import SweepJob, folder_name
 
 VERSION_BASE = "1.3"  # of Hydra's defaults; among them, that a job does not change the working directory
 
@@ -67,7 +67,7 @@ def compose_jobs(name: str, conf: Path, args: argparse.Namespace) -> Composed:
 
     Raises:
         ConfigError: if a folder that was named is not there.
-        Exception: whatever Hydra and OmegaConf raise; see `helix.config.explain`.
+        Exception: whatever Hydra and OmegaConf raise; see `helix.command.explain`.
     """
     if args.config_path is not None and not Path(args.config_path).is_absolute():
         raise ConfigError(f"--config-path takes an absolute path, not {args.config_path}")

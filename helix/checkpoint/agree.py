@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-from helix.parallel.manifest import CheckpointError
+from helix.checkpoint.manifest import CheckpointError
 
 T = TypeVar("T")
 

@@ -13,11 +13,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from helix.parallel import manifest as files
-from helix.parallel.agree import sentence
-from helix.parallel.manifest import About, CheckpointError
-from helix.parallel.storage import DTYPES, dtype_of, read_alone, write_alone
-from helix.parallel.whole import STATE
+from helix.checkpoint import manifest as files
+from helix.checkpoint.agree import sentence
+from helix.checkpoint.manifest import About, CheckpointError
+from helix.checkpoint.storage import DTYPES, dtype_of, read_alone, write_alone
+from helix.checkpoint.whole import STATE
 
 
 def export(checkpoint: Path | str, file: Path | str) -> int:

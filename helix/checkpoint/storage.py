@@ -1,7 +1,7 @@
 """Storage for `torch.distributed.checkpoint`: one safetensors file a rank, checksums, a rename when all is there.
 
 DCP plans (which rank writes which box of which tensor, once, and which boxes a rank on another grid reads) and
-carries the plans between the ranks; what is on the disk is `helix.parallel.manifest`'s. Its own two storages were
+carries the plans between the ranks; what is on the disk is `helix.checkpoint.manifest`'s. Its own two storages were
 looked at and not taken: FileSystemWriter keeps the places of tensors in a pickle, and HuggingFaceStorageWriter has
 no checksums, loses a rank's second box of one tensor, and leaves no place where the whole is known to be written.
 """
@@ -36,9 +36,9 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from helix.parallel import manifest as files
-from helix.parallel.agree import told
-from helix.parallel.manifest import About, CheckpointError, Chunk, Entry, Manifest, Sum
+from helix.checkpoint import manifest as files
+from helix.checkpoint.agree import told
+from helix.checkpoint.manifest import About, CheckpointError, Chunk, Entry, Manifest, Sum
 
 _TYPES = (
     torch.float64,

@@ -12,10 +12,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from ranks import on_ranks
 from torch.utils.data import DataLoader
 
+from helix.checkpoint.manifest import checkpoints
+from helix.checkpoint.save_and_load import CheckpointError, save
 from helix.models.transformer import Transformer
-from helix.parallel.checkpoint import CheckpointError, save
-from helix.parallel.checkpoint_io import HelixCheckpoints
-from helix.parallel.manifest import checkpoints
+from helix.parallel.checkpoint_callback import HelixCheckpoints
 from helix.parallel.strategy import HelixStrategy
 from helix.partition.grid import Grid
 from helix.partition.options import AttentionOptions

@@ -28,11 +28,22 @@ from hydra._internal.core_plugins import basic_launcher
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from helix.command.compose import Composed, found_jobs, job_folder, sweep_folder
+from helix.command.job import Command, Stop, Task, hand_to_hydra, settle, stop
+from helix.command.sweep import (
+    FAILED,
+    SKIPPED,
+    Progress,
+    SweepJob,
+    forget,
+    keep,
+    labels,
+    objective,
+    outcome,
+    report_of,
+)
 from helix.config import environment
-from helix.config.compose import Composed, found_jobs, job_folder, sweep_folder
-from helix.config.job import Command, Stop, Task, hand_to_hydra, settle, stop
 from helix.config.schema import Settings
-from helix.config.sweep import FAILED, SKIPPED, Progress, SweepJob, forget, keep, labels, objective, outcome, report_of
 
 _BASIC = f"{basic_launcher.__name__}.{basic_launcher.BasicLauncher.__name__}"
 

@@ -1,0 +1,1 @@
+"""Training: the language model as a LightningModule, its run, curves and report."""
