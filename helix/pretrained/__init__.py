@@ -1,1 +1,1 @@
-"""Pretrained models: a Hugging Face model partitioned in place, loaded slice by slice, decoding with a sharded cache."""
+"""Pretrained models: a Hugging Face model partitioned in place, loaded in slices, decoding with a sharded cache."""

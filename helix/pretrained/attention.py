@@ -18,7 +18,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from helix.attention.relayout import collect
-from helix.comm import collectives, transport
+from helix.comm import transport
 from helix.comm.mesh import Axis
 from helix.partition.schedules import row_chunks
 
@@ -115,7 +115,11 @@ def _kvseq(
         seen = mask.expand(batch, heads, rows, -1).reshape(*scores.shape)
         scores = scores.masked_fill(~seen, -torch.inf)
     # A rank may see none of the tokens: then its sum is 0 and so is its weight.
-    top = scores.amax(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).min) if k.shape[2] else scores.new_full((*scores.shape[:-1], 1), torch.finfo(scores.dtype).min)
+    top = (
+        scores.amax(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).min)
+        if k.shape[2]
+        else scores.new_full((*scores.shape[:-1], 1), torch.finfo(scores.dtype).min)
+    )
     weights = torch.exp(scores - top)
     total = weights.sum(-1, keepdim=True)
     out = weights.to(v.dtype) @ v

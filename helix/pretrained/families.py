@@ -70,8 +70,6 @@ class Family:
     experts: Experts | None = None
 
 
-
-
 def _projections(module: str, columns: str, row: str, heads: str = "separate", norms: str = "") -> Projections:
     inside = [f"{module}.{name}" for name in columns.split()]
     return Projections(module, tuple(inside), row, heads, tuple(f"{module}.{name}" for name in norms.split()))

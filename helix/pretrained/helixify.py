@@ -70,7 +70,11 @@ def partition(model: PreTrainedModel, mesh: Mesh, family: Family, parts: dict[st
     _, _, head_dim = head_counts(model)
     places: dict[int, Place] = {}
     for number, layer in enumerate(model.get_submodule(family.layers)):
-        own = {name.removeprefix(f"{family.layers}.{number}."): part for name, part in parts.items() if name.startswith(f"{family.layers}.{number}.")}
+        own = {
+            name.removeprefix(f"{family.layers}.{number}."): part
+            for name, part in parts.items()
+            if name.startswith(f"{family.layers}.{number}.")
+        }
         places[number] = _cut_attention(layer, family.attention, head_dim, mesh, own)
         for mlp in feedforwards(layer, family):
             for path in mlp.columns:
@@ -120,10 +124,16 @@ def _attention_cuts(
     for path, counts in zip(names.columns, _counts(names, count, kv_count), strict=True):
         linear = layer.get_submodule(path)
         if names.heads == "interleaved":  # three rows of features to a head
-            runs = [run for head in range(count) for part in range(3) for run in _one(head, part, dim, count, grid, rank)]
+            runs = [
+                run for head in range(count) for part in range(3) for run in _one(head, part, dim, count, grid, rank)
+            ]
         else:
             firsts = [sum(counts[:index]) * dim for index in range(len(counts))]
-            runs = [run for first, each in zip(firsts, counts, strict=True) for run in head_rows(first, each, dim, grid, rank)]
+            runs = [
+                run
+                for first, each in zip(firsts, counts, strict=True)
+                for run in head_rows(first, each, dim, grid, rank)
+            ]
         length = sum(stop - start for start, stop in runs)
         out |= _linear_cut(linear, path, Cut(0, merged(iter(runs)), length), bias=True)
     runs = list(head_rows(0, count, dim, grid, rank))
