@@ -19,18 +19,23 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from helix.checkpoint.manifest import checkpoints, plain
+from helix.checkpoint.content import plain
+from helix.checkpoint.manifest import checkpoints
 from helix.checkpoint.save_and_load import BackgroundSaver, CheckpointError, Loaded, Saved, restore, save
 
 
 class HelixCheckpoints(Callback):
     """Saves every n optimizer steps and at the end, and resumes before the first step.
 
+    A step's save comes when all of the step has been done, its validation included: before the next batch, or when
+    training ends. So a resumed run validates where the uninterrupted one does, and as often.
+
     What comes back: parameters, optimizers, learning-rate schedules, the loops' progress (global step, epoch, batch),
     the loss scaler, `module.data_position` if the module has that attribute, the plain state of other callbacks
     (such as Lightning's Timer for `max_time`), what the module's `on_save_checkpoint` put into its dict (plain
     values), and each rank's random-number generators. On another number of ranks the generators are rank 0's for
-    all; nothing else depends on the grid. Callbacks whose state is saved come before this one in the Trainer's list.
+    all; nothing else depends on the grid. A callback that comes before this one in the Trainer's list is asked for
+    its state after its own `on_train_batch_start` and `on_train_end`, and the others before theirs.
 
     Args:
         folder: of the checkpoints; all ranks see it.
@@ -64,13 +69,15 @@ class HelixCheckpoints(Callback):
         self.last: Saved | None = None
         self._saver: BackgroundSaver | None = None
         self._saved_step = self._seen_step = 0
+        self._due = False
         self._loops: dict[str, Any] | None = None
+        self._draws: dict[str, Any] | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Lightning restores its own checkpoints right after this hook: the optimizers are there, the loops and the
         # training data not yet begun.
         self._saver = BackgroundSaver() if self.background else None
-        self.resumed, self._loops = None, None
+        self.resumed, self._loops, self._draws, self._due = None, None, None, False
         self._saved_step = self._seen_step = trainer.global_step
         source = self._source(trainer)
         if source is None:
@@ -95,9 +102,18 @@ class HelixCheckpoints(Callback):
         if step == self._seen_step:  # gradients were accumulated, and that was all
             return
         self._seen_step = step
-        # A save after the loops have ended has to say how they stood at the last step.
+        # What is saved later has to say how the loops stood at the step.
         self._loops = trainer.fit_loop.state_dict()
-        if step == trainer.max_steps or (self.every_n_steps is not None and step % self.every_n_steps == 0):
+        # Lightning validates after this hook, and a resumed run would not do so again.
+        self._due = self.every_n_steps is not None and step % self.every_n_steps == 0
+        self._draws = _random() if self._due else None
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._due:
+            self._draws = _random()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._due:  # but its generators as they were before this batch was fetched: the resumed run fetches it too
             self._save(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -116,10 +132,10 @@ class HelixCheckpoints(Callback):
 
     def _save(self, trainer: Trainer, module: LightningModule) -> None:
         assert self._loops is not None
-        self._saved_step = step = trainer.global_step
-        extra = _state(trainer, module, self._loops, self)
+        self._saved_step, self._due = trainer.global_step, False
+        extra = _state(trainer, module, self._loops, self._draws or _random(), self)
         write = save if self._saver is None else self._saver.save
-        self._report(trainer, write(self.folder, module, trainer.optimizers, extra, self.keep, step=step))
+        self._report(trainer, write(self.folder, module, trainer.optimizers, extra, self.keep, step=self._saved_step))
 
     def _report(self, trainer: Trainer, saved: Saved | None) -> None:
         if saved is None:
@@ -136,7 +152,9 @@ class HelixCheckpoints(Callback):
         )
 
 
-def _state(trainer: Trainer, module: LightningModule, loops: dict[str, Any], own: HelixCheckpoints) -> dict[str, Any]:
+def _state(
+    trainer: Trainer, module: LightningModule, loops: dict[str, Any], draws: dict[str, Any], own: HelixCheckpoints
+) -> dict[str, Any]:
     """What a resumed run needs besides tensors, as plain values; equal on all ranks but for `random`."""
     extra: dict[str, Any] = {
         "step": trainer.global_step,
@@ -144,7 +162,7 @@ def _state(trainer: Trainer, module: LightningModule, loops: dict[str, Any], own
         "schedules": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
         "precision": _numbers(trainer.precision_plugin.state_dict()),
         "callbacks": _callbacks(trainer, own),
-        "random": _everyones(_random()),
+        "random": _everyones(draws),
         "module": {},
     }
     module.on_save_checkpoint(extra["module"])
