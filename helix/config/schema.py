@@ -169,7 +169,11 @@ class LoggerConfig:
 class InferConfig:
     """Everything that `infer.py` is told.
 
-    `baseline` are methods, by name, that take turns with the main one; `profile` writes a trace of every rank.
+    Args:
+        baseline: methods, by name, that take turns with the main one.
+        ckpt: a checkpoint, or a folder of them (its newest whole one), whose weights all methods run with; null for
+            weights drawn from the seed.
+        profile: whether a trace of every rank is written.
     """
 
     REPORT: ClassVar[str] = "report.json"
@@ -181,6 +185,7 @@ class InferConfig:
     workload: WorkloadConfig = MISSING
     logger: LoggerConfig = MISSING
     baseline: list[str] = field(default_factory=list)
+    ckpt: str | None = None
     precision: str = one_of("32-true", tuple(ITEMSIZE))
     profile: bool = False
     seed: int = at_least(0, 0)

@@ -20,6 +20,8 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Trainer
 
+from helix.checkpoint.agree import from_rank_0
+from helix.checkpoint.restoring import open_checked
 from helix.comm.launch import launch
 from helix.config.environment import resolve_device, started
 from helix.config.methods import baselines_of, to_name
@@ -39,7 +41,7 @@ from helix.partition.cost import cheapest_schedule
 from helix.partition.options import AttentionOptions
 from helix.study.measure import BenchmarkModule, Stopwatch, turn_loader
 from helix.study.profile import profiled
-from helix.study.report import Measurement, Refusal, Report, Rival, Tracked, now, write
+from helix.study.report import Checkpoint, Measurement, Refusal, Report, Rival, Tracked, now, write
 from helix.study.results import RankResult, describe, measurement, rival
 from helix.study.table import show
 from helix.study.text import byte_batches, corpus
@@ -125,7 +127,8 @@ def _methods(settings: InferConfig) -> list[ParallelConfig]:
 def _job(settings: InferConfig, device: torch.device) -> Job:
     work = settings.workload
     dtype = DTYPES[settings.precision]
-    return Job(to_shape(settings.model), work.batch_size, work.seq_len, dtype, device, settings.seed)
+    weights = None if settings.ckpt is None else from_rank_0(partial(open_checked, settings.ckpt))
+    return Job(to_shape(settings.model), work.batch_size, work.seq_len, dtype, device, settings.seed, weights)
 
 
 def _own_device(device: str) -> torch.device:
@@ -186,6 +189,9 @@ def _tracked(tracker: Tracker, run_dir: Path) -> Tracked | None:
 
 def _report(settings: InferConfig, began: str, everyone: list[Found], tracked: Tracked | None) -> Report:
     main, baselines = _compare(settings, everyone)
+    checkpoint = None
+    if settings.ckpt is not None:
+        checkpoint = Checkpoint(settings.ckpt, open_checked(settings.ckpt).manifest.about.step)
     figures = {name: getattr(main, name) for name in Measurement.__dataclass_fields__}
     return Report(
         **figures,
@@ -197,6 +203,7 @@ def _report(settings: InferConfig, began: str, everyone: list[Found], tracked: T
         workload=asdict(settings.workload),
         precision=settings.precision,
         seed=settings.seed,
+        checkpoint=checkpoint,
         baselines=baselines,
         wandb=tracked,
         settings=digest(settings),
