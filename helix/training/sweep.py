@@ -108,7 +108,9 @@ def _reached(settings: Sequence[Setting]) -> Table:
     shown = _table("setting", *columns)
     for setting in (setting for setting in settings if setting.reports):
         reached, own = final_bpb(setting), list(setting.reports.values())
-        speed = figure(sum(report["tokens_per_s"] for report in own) / len(own))
+        # None of a job that went on from a training that was done.
+        speeds = [report["tokens_per_s"] for report in own if report["tokens_per_s"] is not None]
+        speed = figure(sum(speeds) / len(speeds)) if speeds else "-"
         cells = [str(reached.runs), f"{reached.mean:.4f}", _interval(reached, ".4f"), speed]
         if scaled:
             cells.append(" ".join(str(len(report["skipped_steps"])) for report in own))
