@@ -13,6 +13,7 @@ from helix.command.cli import command, stop
 from helix.command.sweep import SweepJob
 from helix.config.schema import ConfigError
 from helix.config.train_schema import TrainConfig
+from helix.partition.grid import PartitionError
 
 
 def collect(folder: Path, jobs: Sequence[SweepJob]) -> None:
@@ -43,7 +44,8 @@ def main(settings: TrainConfig, run_dir: Path) -> None:
         run(settings, run_dir=run_dir)
     except RankError as error:
         stop(str(error), code=1)
-    except (ConfigError, CheckpointError) as error:  # of the text and of ckpt=, which are read first
+    # Of the text and of ckpt=, which are read first, and of a layer that the checks before did not know.
+    except (ConfigError, CheckpointError, PartitionError) as error:
         stop(str(error), code=2)
 
 

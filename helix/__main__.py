@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from helix.checkpoint.content import CheckpointError
-from helix.checkpoint.manifest import CheckpointWarning, verify
+from helix.checkpoint.manifest import CheckpointWarning, checkpoints, verify
 from helix.config import environment
 from helix.config.schema import ConfigError
 from helix.partition.grid import Grid, HeadLayout, PartitionError
@@ -51,8 +51,7 @@ def _checkpoint(options: argparse.Namespace) -> None:
     if not source.exists():
         raise CheckpointError(f"{source} does not exist")
     if options.what == "verify":
-        manifest = verify(source)
-        print(f"{source} is whole: {len(manifest.tensors)} tensors, {manifest.nbytes / 1e6:.1f} MB")
+        _verify(source)
         return
     from helix.checkpoint import portable  # brings torch
 
@@ -66,6 +65,21 @@ def _checkpoint(options: argparse.Namespace) -> None:
     else:
         nbytes = portable.import_(options.file, options.checkpoint)
         print(f"imported {options.file} as {options.checkpoint}: {nbytes / 1e6:.1f} MB")
+
+
+def _verify(source: Path) -> None:
+    """Check a checkpoint, or each one of a folder of them; a line on each."""
+    damaged = False
+    for path in checkpoints(source) or [source]:
+        try:
+            manifest = verify(path)
+        except CheckpointError as error:
+            damaged = True
+            _say(str(error))
+        else:
+            print(f"{path} is whole: {len(manifest.tensors)} tensors, {manifest.nbytes / 1e6:.1f} MB")
+    if damaged:
+        raise SystemExit(2)
 
 
 def _bench(options: argparse.Namespace) -> None:
@@ -100,8 +114,12 @@ def _bench(options: argparse.Namespace) -> None:
 
 
 def _stop(reason: str, code: int) -> NoReturn:
-    print(f"python -m helix: error: {' '.join(reason.split())}", file=sys.stderr)
+    _say(reason)
     raise SystemExit(code)
+
+
+def _say(error: str) -> None:
+    print(f"python -m helix: error: {' '.join(error.split())}", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -147,11 +165,19 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="what", required=True, metavar="{export,import,verify}")
-    checkpoint, file = ("checkpoint", "a checkpoint's folder"), ("file", "FILE.safetensors")
+    file, made = ("file", "FILE.safetensors"), ("checkpoint", "the new checkpoint's folder")
     for action, text, arguments in (
-        ("export", "write a checkpoint's weights, whole, to one file", (checkpoint, file)),
-        ("import", "make a checkpoint, for any grid, of one file", (file, checkpoint)),
-        ("verify", "check every file of a checkpoint against its checksum", (checkpoint,)),
+        (
+            "export",
+            "write a checkpoint's weights, whole, to one file",
+            (("checkpoint", "a checkpoint, or a folder of them (its newest whole one)"), file),
+        ),
+        ("import", "make a checkpoint, for any grid, of one file", (file, made)),
+        (
+            "verify",
+            "check every file of a checkpoint against its checksum",
+            (("checkpoint", "a checkpoint, or a folder of them (each one)"),),
+        ),
     ):
         sub = actions.add_parser(action, help=text)
         for name, meaning in arguments:

@@ -126,6 +126,22 @@ def test_latest_passes_over_what_is_damaged(tmp_path: Path, capsys: pytest.Captu
     assert said.err.endswith("so this checkpoint is not loaded; 00001-step-1 is taken instead\n")
 
 
+def test_verify_has_a_line_on_each_checkpoint_of_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = [save(tmp_path, torch.nn.Linear(2, 2), step=step).path for step in (1, 2, 3)]
+    second = paths[1]
+    _helix("verify", tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" is whole: 2 tensors")[0] for line in lines] == [str(path) for path in paths]
+    (second / FILE).write_bytes(b"")
+    with pytest.raises(SystemExit) as stopped:
+        _helix("verify", tmp_path)
+    said = capsys.readouterr()
+    assert stopped.value.code == 2
+    assert said.out.count(" is whole: ") == 2
+    assert said.err.startswith(f"python -m helix: error: {second / FILE} has 0 bytes")
+    assert said.err.count("\n") == 1
+
+
 @pytest.mark.parametrize("extra", [{"a": {1, 2}}, {"a": [torch.zeros(2)]}, {"a": {"b": object()}}])
 def test_extra_takes_plain_values_only(tmp_path: Path, extra: dict[str, object]) -> None:
     with pytest.raises(CheckpointError, match=r"extra\.a.* is a \w+, and a checkpoint takes only"):

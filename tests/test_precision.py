@@ -8,10 +8,13 @@ from typing import Any
 import fitting
 import pytest
 import torch
-from fitting import DENSE, MOE, Lit, Seen, each_on_ranks, make_trainer
+from fitting import DENSE, MOE, Lit, Seen, Watch, each_on_ranks, make_trainer
 from lightning.pytorch.plugins.precision import Precision
+from test_train import configured
 from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader
 
+from helix.config.schema import ConfigError
 from helix.parallel.precision import DTYPES, HelixPrecision
 from helix.parallel.scaler import LossScaler, make_scaler
 from helix.parallel.strategy import HelixStrategy
@@ -79,23 +82,36 @@ def test_mixed_precision_follows_fp32() -> None:
             assert float((found - gradient).norm() / gradient.norm()) < of_gradient, name
 
 
-def _dtypes(precision: str) -> tuple[set[torch.dtype], torch.dtype, torch.dtype, float]:
-    module = Lit(MOE)
-    seen = fitting.fit(module, HelixStrategy(Grid(2, 1), precision=precision), samples=4, batch=4)
+class Adam(Lit):
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+
+def _true(precision: str, adam: bool) -> tuple[set[torch.dtype], torch.dtype, torch.dtype, list[float]]:
+    """The dtypes of a module that trains for six steps on one batch, and its losses."""
+    module, watch = Adam(MOE) if adam else Lit(MOE), Watch()
+    trainer = make_trainer(HelixStrategy(Grid(2, 1), precision=precision), 2, watch, max_epochs=6)
+    trainer.fit(module, DataLoader(list(fitting.tokens(4)), batch_size=4))
     router = {p.dtype for name, p in module.named_parameters() if "gate" in name}
     assert len(router) == 1
     others = {p.dtype for name, p in module.named_parameters() if "gate" not in name}
-    return others, router.pop(), torch.get_default_dtype(), seen.losses[-1]
+    return others, router.pop(), torch.get_default_dtype(), watch.seen.losses
 
 
-def test_true_precision_makes_the_parameters_in_it() -> None:
-    precisions = ("64-true", "bf16-true", "16-true")
-    results = each_on_ranks(2, _dtypes, [(precision,) for precision in precisions])
-    for precision, ranks in zip(precisions, results, strict=True):
-        for others, router, default, loss in ranks:
+def test_true_precision_makes_the_parameters_in_it_and_trains_them() -> None:
+    cases = [("64-true", True), ("bf16-true", True), ("bf16-true", False), ("16-true", False)]
+    for (precision, adam), ranks in zip(cases, each_on_ranks(2, _true, cases), strict=True):
+        for others, router, default, losses in ranks:
             assert others == {DTYPES[precision]}
             assert router == default == torch.float32
-            assert math.isfinite(loss)
+            assert len(losses) == 6
+            assert losses[-1] < losses[0] - 0.1, (precision, adam)  # and so it is a number
+
+
+def test_adamw_on_fp16_weights_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"; choose precision=16-mixed or bf16-true, or optimizer=sgd$"):
+        configured("precision=16-true")
+    assert configured("precision=16-true", "optimizer=sgd").precision == "16-true"
 
 
 def test_the_scale_starts_higher_and_grows_later_on_narrower_partitions() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from multiprocessing import get_context
 from typing import Any
 
 import fitting
@@ -39,6 +40,20 @@ def test_a_wrong_number_of_ranks_is_refused() -> None:
     with pytest.raises(PartitionError, match="needs 4 ranks, not the 2"):
         on_ranks(2, _wrong_number)
     assert "WORLD_SIZE" not in os.environ
+
+
+def _alone() -> None:
+    seen = fitting.fit(fitting.Lit(DENSE), HelixStrategy(Grid(1, 1)), samples=8, batch=4)
+    assert len(seen.losses) == 2
+
+
+def test_without_a_launcher_there_is_one_rank() -> None:
+    with pytest.raises(ValueError, match=r"nobody has started the 4 .*: start them with helix\.launch, torchrun or"):
+        make_trainer(HelixStrategy(Grid(2, 2)), 4)
+    alone = get_context("fork").Process(target=_alone)
+    alone.start()
+    alone.join(20)
+    assert alone.exitcode == 0
 
 
 def _fit(

@@ -44,7 +44,7 @@ class Curves(Callback):
         self.validations: list[tuple[int, float]] = []
         self.training_s = 0.0
         self.batches = 0
-        # Since the last record. Norms stay tensors until then, since asking a GPU for a number waits for it.
+        # Since the last record, which fetches them from the device at once.
         self._steps: list[Tensor] = []
         self._norms: list[Tensor | None] = []
         self._began = 0.0
@@ -57,7 +57,7 @@ class Curves(Callback):
         return timed * data.batch_size * data.seq_len / self.training_s if self.training_s else float("nan")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._began = time.monotonic()
+        self._began = _now(pl_module.device)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         self.learning_rates.append(optimizer.param_groups[0]["lr"])  # after the step it is the next one's
@@ -68,7 +68,7 @@ class Curves(Callback):
         assert isinstance(pl_module, LanguageModel)
         self.batches += 1
         if self.batches > 1:
-            self.training_s += time.monotonic() - self._began
+            self.training_s += _now(pl_module.device) - self._began
         each = self.settings.trainer.accumulate_grad_batches
         if len(pl_module.losses) < each:
             return
@@ -144,6 +144,13 @@ class Curves(Callback):
             }
             known = {name: value for name, value in logged.items() if value is not None}
             self.tracker.log(known, step=step + 1)
+
+
+def _now(device: torch.device) -> float:
+    """The time once the device, which computes behind the CPU's back, has done what it was told so far."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.monotonic()
 
 
 class Bar(Callback):

@@ -40,7 +40,8 @@ class TrainReport:
         unigram_entropy_bpb: of the text's bytes: what a model that knows their frequencies alone would need.
         text, text_bytes: what was read, and how much of it.
         tokens_per_s: training tokens of all replicas a second, validations left out.
-        wall_s: from the first batch to the end of the last validation; of a training that went on, since then.
+        wall_s: of the Trainer's fit: the model made or loaded, the steps, validations and checkpoints, up to the last
+            of them; of a training that went on, since its ranks were last started.
         resumed: the times that this training went on, or began again, by `ckpt` or since its ranks were started again;
             the losses of all its pieces are in `losses`, those of each step once.
         parameters: of the model.

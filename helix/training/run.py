@@ -29,7 +29,7 @@ from helix.training.resuming import Beginning, Resumed, Resumptions, begin
 
 
 def run(settings: TrainConfig, run_dir: Path) -> None:
-    """Train what was configured and checked; write train_report.json and show its table.
+    """Train what was configured and checked; write train_report.json, draw curves.png and show the table.
 
     Raises:
         ConfigError: if the text is too short.
@@ -51,7 +51,6 @@ def run(settings: TrainConfig, run_dir: Path) -> None:
     )  # fmt: skip
     report = reports[0]
     if report is not None and (here is None or here.rank == 0):
-        draw(report, run_dir / "curves.png")
         show(report)
 
 
@@ -67,6 +66,7 @@ def _rank(settings: TrainConfig, run_dir: Path, device: str, began: str, text: b
         trained = train(settings, device, text, tracker, beginning)
         report = _report(settings, began, text, trained, _tracked(tracker, run_dir))
         write(report, run_dir / settings.REPORT)
+        draw(report, run_dir / "curves.png")
         tracker.summary({"validation_bpb": report.validation_bpb, "tokens_per_s": report.tokens_per_s})
     return report
 
@@ -76,7 +76,7 @@ class Trained:
     """What a training leaves on a rank.
 
     Args:
-        wall_s: what this start of the ranks took, from the first batch to the end.
+        wall_s: of the Trainer's fit in this start of the ranks; see `TrainReport`.
         resumed: where it went on from.
     """
 
