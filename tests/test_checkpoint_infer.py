@@ -13,7 +13,8 @@ from checkpointed import change, optimizer_of
 from ranks import on_ranks
 
 from helix.checkpoint.asked import check_checkpoint
-from helix.checkpoint.content import CheckpointError
+from helix.checkpoint.content import About, CheckpointError, Manifest
+from helix.checkpoint.manifest import write
 from helix.checkpoint.restoring import open_checked
 from helix.checkpoint.save_and_load import export, import_, save
 from helix.comm.mesh import Mesh
@@ -141,6 +142,12 @@ def test_a_folder_without_a_whole_checkpoint_is_refused(tmp_path: Path) -> None:
         check_checkpoint(str(tmp_path / "missing"), MODEL, _helix(2, 1))
     with pytest.raises(ConfigError, match=r"it has no manifest\.json, which is written last"):
         check_checkpoint(str(tmp_path), MODEL, _helix(2, 1))
+
+
+def test_a_model_that_makes_no_sense_is_refused(tmp_path: Path) -> None:
+    write(Manifest({}, {}, About(models={"model": {"shape": 3}})), tmp_path)
+    with pytest.raises(Misfit, match="what the checkpoint says of its model makes no sense"):
+        check_checkpoint(str(tmp_path), MODEL, from_name("single"))
 
 
 def test_an_exported_file_keeps_what_was_trained(trained: Path, tmp_path: Path) -> None:

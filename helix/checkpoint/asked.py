@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from helix.checkpoint.content import CheckpointError, Manifest
+from helix.checkpoint.content import About, CheckpointError, Manifest
 from helix.checkpoint.manifest import CheckpointWarning, latest, read, verify
 from helix.checkpoint.trained import Trained, check_same, trained
 from helix.config import environment
@@ -36,7 +38,20 @@ def check_resumed_training(settings: TrainConfig) -> None:
     """
     check_training(settings)
     if settings.ckpt is not None:
-        check_checkpoint(settings.ckpt, settings.model, settings.parallel)
+        path, manifest = _whole(settings.ckpt)
+        # A single rank, and data replicas, train as grids of Helix's do.
+        _check_model(path, manifest, settings.model, settings.parallel, settings.parallel.method != "tensor")
+        _check_goes_on(path, manifest.about, settings)
+
+
+def fixed(settings: TrainConfig) -> dict[str, Any]:
+    """By their names in configs, the values that a training keeps to its end: they say which tokens a step sees."""
+    data, keys = settings.data, ("path", "limit_bytes", "seq_len", "batch_size", "held_out_every")
+    return {
+        **{f"data.{key}": getattr(data, key) for key in keys},
+        "trainer.accumulate_grad_batches": settings.trainer.accumulate_grad_batches,
+        "seed": settings.seed,
+    }
 
 
 def check_checkpoint(ckpt: str, model: ModelConfig, parallel: ParallelConfig) -> Path:
@@ -53,17 +68,64 @@ def check_checkpoint(ckpt: str, model: ModelConfig, parallel: ParallelConfig) ->
         Misfit: if it is of another model, or was trained as another function; with what to set.
     """
     path, manifest = _whole(ckpt)
-    helix = parallel.method == "helix"  # the other methods make no other function than the exact attention's
-    here = Trained(to_shape(model), _function(parallel) if helix else Function())
+    # The other methods make no other function than the exact attention's.
+    _check_model(path, manifest, model, parallel, parallel.method == "helix")
+    return path
+
+
+def _check_model(path: Path, manifest: Manifest, model: ModelConfig, parallel: ParallelConfig, helix: bool) -> None:
+    """Check the model and its function; `helix` says whether the layout's own options count for that."""
+    here, hint = Trained(to_shape(model), _function(parallel) if helix else Function()), ""
     try:
         models = trained(manifest.about)
         if len(models) == 1:  # not of weights that were imported from a file that tells of none
             (there,) = models.values()
+            hint = "" if helix or there.function == Function() else " with parallel=helix"
             check_same(there, here, f"ckpt={path}", f"model={model.name} here")
     except CheckpointError as error:
-        hint = "" if helix or there.function == Function() else " with parallel=helix"
         raise Misfit(f"{error}{hint}") from None
-    return path
+
+
+def _check_goes_on(path: Path, about: About, settings: TrainConfig) -> None:
+    """Check that the checkpoint is of a training, and that this configuration can be its next piece.
+
+    Raises:
+        Misfit: if not, with what to set.
+    """
+    extra, limits = _dict(about.extra), settings.trainer
+    if not about.optimizers or "loops" not in extra:
+        raise Misfit(
+            f"ckpt={path} holds weights alone, and no training to go on from; give a checkpoint of train.py's, or null"
+        )
+    kind, name = about.optimizers[0]["type"].lower(), settings.optimizer.name
+    if kind != name:
+        raise Misfit(f"ckpt={path} has the state of {kind}, and optimizer.name={name} here; set optimizer={kind}")
+    saved, here = _dict(_dict(extra.get("module")).get("fixed")), fixed(settings)
+    if differing := [key for key in here if key in saved and saved[key] != here[key]]:
+        said = " ".join(f"{key}={'null' if saved[key] is None else saved[key]}" for key in differing)
+        raise Misfit(f"ckpt={path} was trained with {said}, and a step would see other tokens here; set {said}")
+    if about.step >= limits.max_steps:
+        raise Misfit(
+            f"ckpt={path} has {about.step} steps behind it, and trainer.max_steps={limits.max_steps} counts these; "
+            "set a larger trainer.max_steps"
+        )
+    spent = _dict(_dict(_dict(extra.get("callbacks")).get("Timer")).get("time_elapsed")).get("train")
+    if limits.max_time is not None and isinstance(spent, int | float) and spent >= _seconds(limits.max_time):
+        raise Misfit(
+            f"ckpt={path} has {spent:.0f} s of training behind it, and trainer.max_time={limits.max_time} counts "
+            "these; set a longer trainer.max_time, or null"
+        )
+
+
+def _seconds(max_time: str) -> int:
+    """Of DD:HH:MM:SS."""
+    days, hours, minutes, rest = map(int, max_time.split(":"))
+    return ((days * 24 + hours) * 60 + minutes) * 60 + rest
+
+
+def _dict(value: Any) -> Mapping[str, Any]:
+    """Of a manifest, which may be a stranger's: no other value has members."""
+    return value if isinstance(value, dict) else {}
 
 
 def _whole(ckpt: str) -> tuple[Path, Manifest]:

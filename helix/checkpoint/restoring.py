@@ -145,7 +145,10 @@ class Target:
         entry = manifest.tensors[name]
         dtype = DTYPES[entry.dtype]
         if entry.shape == whole.shape:
-            made = [torch.zeros_like(part, dtype=dtype, requires_grad=False) for part in whole.parts]
+            # As an optimizer makes it, whose kernels take no other dtype than the parameter's: the precision may be
+            # another than the saved one's.
+            own = None if dtype.is_floating_point else dtype
+            made = [torch.zeros_like(part, dtype=own, requires_grad=False) for part in whole.parts]
             self._add(name, whole, tuple(made))
         elif entry.shape == ():
             # As torch's own optimizers keep it: with the parameter where a kernel reads it, else on the CPU.

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from helix.checkpoint.asked import fixed
 from helix.comm import transport
 from helix.comm.mesh import Mesh
 from helix.config.schema import expert_parallel, to_shape
@@ -55,6 +56,7 @@ class LanguageModel(LightningModule):
         self.losses: list[Tensor] = []
         self.validation_bpb = float("nan")
         self._sums: list[Tensor] = []
+        self._options: list[dict[str, Any]] = []
 
     @property
     def mesh(self) -> Mesh:
@@ -144,7 +146,24 @@ class LanguageModel(LightningModule):
         optimizer = make_optimizer(self, config)
         steps = self.settings.trainer.max_steps
         schedule = LambdaLR(optimizer, lambda step: lr_factor(step, steps, config))
+        self._options = [
+            {key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups
+        ]
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_fit_start(self) -> None:
+        """What is configured holds, and not what a checkpoint brought back just before."""
+        config, steps = self.settings.optimizer, self.settings.trainer.max_steps
+        (optimizer,), (schedule,) = self.trainer.optimizers, self.trainer.lr_scheduler_configs
+        scheduler = schedule.scheduler
+        assert isinstance(scheduler, LambdaLR)
+        scheduler.base_lrs = [config.lr for _ in self._options]
+        for group, options in zip(optimizer.param_groups, self._options, strict=True):
+            # The rate as `LambdaLR` has it, bit for bit.
+            group.update(options, lr=config.lr * lr_factor(scheduler.last_epoch, steps, config))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["fixed"] = fixed(self.settings)
 
 
 def lr_factor(step: int, max_steps: int, config: OptimizerConfig) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from helix.checkpoint.agree import from_rank_0
-from helix.checkpoint.manifest import checkpoints
+from helix.checkpoint.content import CheckpointError
+from helix.checkpoint.manifest import CheckpointWarning, checkpoints, verify
 from helix.comm.launch import Restart, first_said
 from helix.config.schema import digest
 from helix.config.train_schema import TrainConfig
@@ -43,7 +45,8 @@ def begin(settings: TrainConfig, run_dir: Path) -> Beginning:
     """Agree on where this training's folder is, and from what it goes on; every rank calls it.
 
     The name of a launcher's other ranks' folder may be a second younger, and if torchrun starts the ranks again, all
-    of their names are. What an earlier training left in the folder is not gone on from.
+    of their names are. What an earlier training left in the folder is not gone on from, even if none of this one's
+    checkpoints is whole: then it begins as at first.
     """
     before = [path.name for path in checkpoints(run_dir / "checkpoints")]
     said, restart = first_said(f"training {digest(settings)}", json.dumps([str(run_dir), before]))
@@ -51,8 +54,20 @@ def begin(settings: TrainConfig, run_dir: Path) -> Beginning:
     here = Beginning(Path(first), Path(settings.ckpt) if settings.ckpt is not None else None, restart)
     if restart is None:
         return here
-    own = from_rank_0(lambda: any(path.name not in before for path in checkpoints(here.checkpoints)))
-    return replace(here, source=here.checkpoints) if own else here
+    own = from_rank_0(lambda: _newest([path for path in checkpoints(here.checkpoints) if path.name not in before]))
+    return replace(here, source=own) if own is not None else here
+
+
+def _newest(found: list[Path]) -> Path | None:
+    """The last whole one; warns (CheckpointWarning) of those after it."""
+    for path in reversed(found):
+        try:
+            verify(path)
+        except CheckpointError as error:
+            warnings.warn(str(error), CheckpointWarning, stacklevel=2)
+            continue
+        return path
+    return None
 
 
 @dataclass(frozen=True)
