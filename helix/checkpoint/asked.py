@@ -13,10 +13,18 @@ from helix.checkpoint.manifest import CheckpointWarning, latest, read, verify
 from helix.checkpoint.trained import Trained, check_same, trained
 from helix.config import environment
 from helix.config.check import check
-from helix.config.schema import ConfigError, InferConfig, Misfit, ModelConfig, ParallelConfig, to_grid, to_shape
+from helix.config.schema import (
+    ConfigError,
+    InferConfig,
+    Misfit,
+    ModelConfig,
+    ParallelConfig,
+    to_grid,
+    to_options,
+    to_shape,
+)
 from helix.config.train_schema import TrainConfig, check_training
 from helix.partition.function import Function, function_of
-from helix.partition.options import AttentionOptions
 
 
 def check_inference(settings: InferConfig) -> None:
@@ -145,7 +153,4 @@ def _whole(ckpt: str) -> tuple[Path, Manifest]:
 
 
 def _function(parallel: ParallelConfig) -> Function:
-    options = AttentionOptions(
-        parallel.schedule, parallel.aggregate, parallel.concat, parallel.projection, parallel.residual
-    )
-    return function_of(options, to_grid(parallel))
+    return function_of(to_options(parallel, parallel.schedule), to_grid(parallel))

@@ -15,6 +15,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
 from helix.partition.grid import Grid, PartitionError
+from helix.partition.options import AttentionOptions
 from helix.partition.schedules import SCHEDULES
 from helix.partition.shape import TransformerShape, default_expert_parallel
 
@@ -208,6 +209,11 @@ def to_grid(parallel: ParallelConfig) -> Grid:
     return Grid(m=parallel.m, n=parallel.n)
 
 
+def to_options(parallel: ParallelConfig, schedule: str) -> AttentionOptions:
+    """How attention is laid over the grid, by the configured schedule or what `auto` has come to."""
+    return AttentionOptions(schedule, parallel.aggregate, parallel.concat, parallel.projection, parallel.residual)
+
+
 def to_shape(model: ModelConfig) -> TransformerShape:
     """The model's dims as the partition arithmetic takes them.
 
@@ -264,5 +270,6 @@ __all__ = [
     "one_of",
     "register",
     "to_grid",
+    "to_options",
     "to_shape",
 ]

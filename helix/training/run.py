@@ -11,9 +11,9 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, Trainer
 
 from helix.comm.launch import launch
-from helix.config.environment import resolve_device, started
+from helix.config.environment import local_ranks, resolve_device, speaks
 from helix.config.methods import to_name
-from helix.config.schema import ITEMSIZE, digest, to_grid, to_shape
+from helix.config.schema import ITEMSIZE, digest, to_grid, to_options, to_shape
 from helix.config.train_schema import TrainConfig, check_enough
 from helix.parallel.checkpoint_callback import HelixCheckpoints
 from helix.parallel.strategy import HelixStrategy
@@ -21,7 +21,7 @@ from helix.partition.cost import cheapest_schedule
 from helix.partition.options import AttentionOptions
 from helix.study.report import MethodLabel, Schedules, Tracked, now
 from helix.study.text import TrainingText, corpus, describe, unigram_entropy
-from helix.study.tracking import Tracker, track
+from helix.study.tracking import Tracker, track, tracked_at
 from helix.training.curves import Bar, Curves
 from helix.training.learner import LanguageModel, TrainingBatches, ValidationBatches
 from helix.training.report import TrainReport, Validation, draw, show, write
@@ -38,8 +38,7 @@ def run(settings: TrainConfig, run_dir: Path) -> None:
     began = now()
     text = corpus(settings.data.path, settings.data.limit_bytes)
     check_enough(settings.data, len(text))
-    here = started()
-    device = resolve_device(settings.device, here.local_ranks if here else settings.parallel.ranks)
+    device = resolve_device(settings.device, local_ranks(settings.parallel.ranks))
     if settings.model.experts:
         from helix.models.experts import load_deepspeed
 
@@ -50,7 +49,7 @@ def run(settings: TrainConfig, run_dir: Path) -> None:
         ranks=settings.parallel.ranks, device=device, max_restarts=settings.max_restarts,
     )  # fmt: skip
     report = reports[0]
-    if report is not None and (here is None or here.rank == 0):
+    if report is not None and speaks():
         show(report)
 
 
@@ -64,7 +63,7 @@ def _rank(settings: TrainConfig, run_dir: Path, device: str, began: str, text: b
     run_dir.mkdir(parents=True, exist_ok=True)
     with track(settings.logger, run_dir, asdict(settings)) as tracker:
         trained = train(settings, device, text, tracker, beginning)
-        report = _report(settings, began, text, trained, _tracked(tracker, run_dir))
+        report = _report(settings, began, text, trained, tracked_at(tracker, run_dir))
         write(report, run_dir / settings.REPORT)
         draw(report, run_dir / "curves.png")
         tracker.summary({"validation_bpb": report.validation_bpb, "tokens_per_s": report.tokens_per_s})
@@ -100,8 +99,7 @@ def train(settings: TrainConfig, device: str, text: bytes, tracker: Tracker, beg
     resumptions = Resumptions(beginning, saves)
     # A save comes before the curves start the clock of the next batch.
     callbacks: list[Callback] = [*([saves] if saves else []), resumptions, curves, Bar(settings, curves)]
-    here = started()
-    local = here.local_ranks if here else dist.get_world_size()
+    local = local_ranks(dist.get_world_size())
     trainer = Trainer(
         strategy=HelixStrategy(
             to_grid(parallel),
@@ -142,13 +140,7 @@ def resolve(settings: TrainConfig) -> AttentionOptions:
         batch = data.batch_size // parallel.data
         layout, grid = to_shape(model).layout, to_grid(parallel)
         schedule = cheapest_schedule(layout, grid, batch, data.seq_len, model.causal, itemsize)
-    return AttentionOptions(schedule, parallel.aggregate, parallel.concat, parallel.projection, parallel.residual)
-
-
-def _tracked(tracker: Tracker, run_dir: Path) -> Tracked | None:
-    if tracker.path is None or tracker.mode is None:
-        return None
-    return Tracked(tracker.mode, str(tracker.path.relative_to(run_dir.resolve())), tracker.id)
+    return to_options(parallel, schedule)
 
 
 def _report(
