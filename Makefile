@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup infer test check lab clean
+.PHONY: setup infer train test check lab clean
 
 setup: .venv/.stamp
 
@@ -19,8 +19,12 @@ setup: .venv/.stamp
 infer: setup
 	$(BIN)/python infer.py parallel=helix_4x4 model=moe
 
+train: setup
+	$(BIN)/python train.py
+
+# Two workers, whatever the machine: a test has up to 16 ranks. By file, whose tests share launches.
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: setup
 	$(BIN)/ruff format --check .

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from helix.checkpoint.asked import check_inference
 from helix.command.cli import command, stop
 from helix.command.sweep import SweepJob
 from helix.config.schema import InferConfig
@@ -27,9 +28,10 @@ def agree(words: list[str]) -> list[str]:
     return agree(words)
 
 
-@command("infer", conf=Path(__file__).resolve().parent / "conf", collect=collect, agree=agree)
+@command("infer", conf=Path(__file__).resolve().parent / "conf", collect=collect, agree=agree, check=check_inference)
 def main(settings: InferConfig, run_dir: Path) -> None:
     """Run what was configured; torch is imported from here on, when nothing is wrong any more."""
+    from helix.checkpoint.content import CheckpointError
     from helix.comm.launch import RankError
     from helix.study.inference import run
 
@@ -37,6 +39,8 @@ def main(settings: InferConfig, run_dir: Path) -> None:
         run(settings, run_dir=run_dir)
     except RankError as error:
         stop(str(error), code=1)
+    except CheckpointError as error:  # one that does not say of which model it is, or that has gone since
+        stop(str(error), code=2)
 
 
 if __name__ == "__main__":

@@ -8,15 +8,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from helix.checkpoint.asked import check_resumed_training
 from helix.command.cli import command, stop
 from helix.command.sweep import SweepJob
 from helix.config.schema import ConfigError
-from helix.config.train_schema import TrainConfig, check_training
+from helix.config.train_schema import TrainConfig
+from helix.partition.grid import PartitionError
 
 
 def collect(folder: Path, jobs: Sequence[SweepJob]) -> None:
-    """A sweep's end: one table of all its jobs."""
-    from helix.training.report import collect
+    """A sweep's end: its tables and its picture."""
+    from helix.training.sweep import collect
 
     collect(folder, jobs)
 
@@ -31,10 +33,10 @@ def agree(words: list[str]) -> list[str]:
 CONF = Path(__file__).resolve().parent / "conf"
 
 
-@command("train", conf=CONF, collect=collect, agree=agree, schema=TrainConfig, check=check_training)
+@command("train", conf=CONF, collect=collect, agree=agree, schema=TrainConfig, check=check_resumed_training)
 def main(settings: TrainConfig, run_dir: Path) -> None:
     """Train what was configured; torch is imported from here on, when nothing is wrong any more."""
-    from helix.checkpoint.manifest import CheckpointError
+    from helix.checkpoint.content import CheckpointError
     from helix.comm.launch import RankError
     from helix.training.run import run
 
@@ -42,7 +44,8 @@ def main(settings: TrainConfig, run_dir: Path) -> None:
         run(settings, run_dir=run_dir)
     except RankError as error:
         stop(str(error), code=1)
-    except (ConfigError, CheckpointError) as error:  # of the text and of ckpt=, which are read first
+    # Of the text and of ckpt=, which are read first, and of a layer that the checks before did not know.
+    except (ConfigError, CheckpointError, PartitionError) as error:
         stop(str(error), code=2)
 
 

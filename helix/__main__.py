@@ -1,4 +1,4 @@
-"""`python -m helix bench attention|concat` and `python -m helix checkpoint export|import|verify`; the options.
+"""`python -m helix bench attention|concat|checkpoint` and `helix checkpoint export|import|verify`; the options.
 
 They are checked without torch.
 
@@ -14,11 +14,13 @@ import warnings
 from pathlib import Path
 from typing import NoReturn
 
-from helix.checkpoint.manifest import CheckpointError, CheckpointWarning, verify
+from helix.checkpoint.content import CheckpointError
+from helix.checkpoint.manifest import CheckpointWarning, checkpoints, verify
 from helix.config import environment
 from helix.config.schema import ConfigError
 from helix.partition.grid import Grid, HeadLayout, PartitionError
 from helix.partition.schedules import SCHEDULES, check_schedule, legal_schedules
+from helix.partition.shape import TransformerShape
 
 
 class _Parser(argparse.ArgumentParser):
@@ -49,8 +51,7 @@ def _checkpoint(options: argparse.Namespace) -> None:
     if not source.exists():
         raise CheckpointError(f"{source} does not exist")
     if options.what == "verify":
-        manifest = verify(source)
-        print(f"{source} is whole: {len(manifest.tensors)} tensors, {manifest.nbytes / 1e6:.1f} MB")
+        _verify(source)
         return
     from helix.checkpoint import portable  # brings torch
 
@@ -66,14 +67,32 @@ def _checkpoint(options: argparse.Namespace) -> None:
         print(f"imported {options.file} as {options.checkpoint}: {nbytes / 1e6:.1f} MB")
 
 
+def _verify(source: Path) -> None:
+    """Check a checkpoint, or each one of a folder of them; a line on each."""
+    damaged = False
+    for path in checkpoints(source) or [source]:
+        try:
+            manifest = verify(path)
+        except CheckpointError as error:
+            damaged = True
+            _say(str(error))
+        else:
+            print(f"{path} is whole: {len(manifest.tensors)} tensors, {manifest.nbytes / 1e6:.1f} MB")
+    if damaged:
+        raise SystemExit(2)
+
+
 def _bench(options: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from helix.study import bench  # brings torch
+    from helix.study import bench, bench_checkpoint  # brings torch
 
     grid, rounds = Grid(options.m, options.n), bench.Rounds(options.rounds, options.warmup, options.seed)
-    result: bench.Comparison
-    if options.what == "attention":
+    result: bench.Comparison | bench_checkpoint.CheckpointComparison
+    if options.what == "checkpoint":
+        held = bench_checkpoint.CheckpointCase(_shape(options), grid, options.folder, options.background)
+        result = bench_checkpoint.bench_checkpoint(held, rounds)
+    elif options.what == "attention":
         case = bench.AttentionCase(
             _layout(options),
             grid,
@@ -90,20 +109,24 @@ def _bench(options: argparse.Namespace) -> None:
         result = bench.bench_concat(outputs, rounds)
     Console().print(result.table())
     if options.json is not None:
-        settings = {key: value for key, value in vars(options).items() if key != "json"}
+        settings = {key: str(v) if isinstance(v, Path) else v for key, v in vars(options).items() if key != "json"}
         options.json.write_text(json.dumps(result.as_dict() | {"settings": settings}, indent=2) + "\n")
 
 
 def _stop(reason: str, code: int) -> NoReturn:
-    print(f"python -m helix: error: {' '.join(reason.split())}", file=sys.stderr)
+    _say(reason)
     raise SystemExit(code)
+
+
+def _say(error: str) -> None:
+    print(f"python -m helix: error: {' '.join(error.split())}", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="python -m helix", description=__doc__.split(";")[0].replace("`", ""))
     commands = parser.add_subparsers(dest="command", required=True, metavar="{bench,checkpoint}")
     bench = commands.add_parser("bench", help="measure alternatives side by side, alternating in one launch")
-    benches = bench.add_subparsers(dest="what", required=True, metavar="{attention,concat}")
+    benches = bench.add_subparsers(dest="what", required=True, metavar="{attention,concat,checkpoint}")
     attention = benches.add_parser(
         "attention",
         help="every legal schedule on the attention layer",
@@ -129,32 +152,68 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     _add_sizes(concat)
+    _add_checkpoint_bench(
+        benches.add_parser(
+            "checkpoint",
+            help="saving and loading a model with AdamW's state against writing and reading as many bytes",
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
+    )
     _add_checkpoint(commands.add_parser("checkpoint", help="whole weights to and from one safetensors file"))
     return parser
 
 
 def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="what", required=True, metavar="{export,import,verify}")
-    checkpoint, file = ("checkpoint", "a checkpoint's folder"), ("file", "FILE.safetensors")
+    file, made = ("file", "FILE.safetensors"), ("checkpoint", "the new checkpoint's folder")
     for action, text, arguments in (
-        ("export", "write a checkpoint's weights, whole, to one file", (checkpoint, file)),
-        ("import", "make a checkpoint, for any grid, of one file", (file, checkpoint)),
-        ("verify", "check every file of a checkpoint against its checksum", (checkpoint,)),
+        (
+            "export",
+            "write a checkpoint's weights, whole, to one file",
+            (("checkpoint", "a checkpoint, or a folder of them (its newest whole one)"), file),
+        ),
+        ("import", "make a checkpoint, for any grid, of one file", (file, made)),
+        (
+            "verify",
+            "check every file of a checkpoint against its checksum",
+            (("checkpoint", "a checkpoint, or a folder of them (each one)"),),
+        ),
     ):
         sub = actions.add_parser(action, help=text)
         for name, meaning in arguments:
             sub.add_argument(name, type=Path, help=meaning, metavar=name.upper())
 
 
+def _add_checkpoint_bench(parser: argparse.ArgumentParser) -> None:
+    _add_grid(parser)
+    parser.add_argument("--heads", type=_count, default=16, help="heads")
+    parser.add_argument("--head-dim", type=_count, default=16, help="features of one head")
+    parser.add_argument("--width", type=_count, default=256, help="model width")
+    parser.add_argument("--mlp-hidden", type=_count, default=1024, help="width of the MLP, or of each expert")
+    parser.add_argument("--layers", type=_count, default=4, help="blocks")
+    parser.add_argument("--experts", type=int, default=0, help="of each block; 0 for an MLP")
+    parser.add_argument("--background", action="store_true", help="saves in the background too")
+    parser.add_argument("--folder", type=Path, default=Path(), help="on the disk to measure")
+    _add_rounds(parser, rounds=5)
+
+
 def _add_sizes(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--m", type=_count, default=4, help="feature slices")
-    parser.add_argument("--n", type=_count, default=4, help="head groups")
-    parser.add_argument("--ranks", type=_count, help="must be m * n, and is if not given")
+    _add_grid(parser)
     parser.add_argument("--heads", type=_count, default=16, help="query heads")
     parser.add_argument("--head-dim", type=_count, default=64, help="features of one head")
     parser.add_argument("--batch", type=_count, default=4, help="samples")
     parser.add_argument("--length", type=_count, default=256, help="tokens of one sample")
-    parser.add_argument("--rounds", type=_count, default=15, help="each runs every alternative twice")
+    _add_rounds(parser, rounds=15)
+
+
+def _add_grid(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--m", type=_count, default=4, help="feature slices")
+    parser.add_argument("--n", type=_count, default=4, help="head groups")
+    parser.add_argument("--ranks", type=_count, help="must be m * n, and is if not given")
+
+
+def _add_rounds(parser: argparse.ArgumentParser, rounds: int) -> None:
+    parser.add_argument("--rounds", type=_count, default=rounds, help="each runs every alternative twice")
     parser.add_argument("--warmup", type=_count, default=2, help="steps of each alternative before the first round")
     parser.add_argument("--seed", type=int, default=0, help="of weights and inputs")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the figures here")
@@ -179,7 +238,7 @@ def _check(options: argparse.Namespace) -> None:
     if options.rounds < 2:
         raise ConfigError("an interval needs --rounds of at least 2, not 1")
     _check_machine(options)
-    (_check_attention if options.what == "attention" else _check_concat)(options, grid)
+    {"attention": _check_attention, "concat": _check_concat, "checkpoint": _check_saved}[options.what](options, grid)
 
 
 def _check_machine(options: argparse.Namespace) -> None:
@@ -212,6 +271,20 @@ def _check_concat(options: argparse.Namespace, grid: Grid) -> None:
         raise ConfigError(
             f"a hierarchy has two levels: --m and --n must be at least 2 each, not {grid.m} and {grid.n}"
         )
+
+
+def _check_saved(options: argparse.Namespace, grid: Grid) -> None:
+    shape = _shape(options)
+    grid.check(shape.heads, shape.kv_heads, shape.head_dim, shape.rope)
+    if not options.folder.is_dir():
+        raise ConfigError(f"--folder {options.folder} is not a folder")
+
+
+def _shape(options: argparse.Namespace) -> TransformerShape:
+    heads, experts = options.heads, options.experts
+    return TransformerShape(
+        options.layers, options.width, heads, heads, options.head_dim, options.mlp_hidden, experts=experts
+    )
 
 
 def _layout(options: argparse.Namespace) -> HeadLayout:

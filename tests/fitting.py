@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer
+from ranks import on_ranks
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
@@ -19,6 +21,7 @@ from helix.parallel.strategy import HelixStrategy
 from helix.partition.options import AttentionOptions
 from helix.partition.shape import TransformerShape
 
+T = TypeVar("T")
 DENSE = TransformerShape(1, 32, heads=4, kv_heads=4, head_dim=8, mlp_hidden=64, vocab=64, qk_norm=True)
 MOE = TransformerShape(1, 32, heads=4, kv_heads=4, head_dim=8, mlp_hidden=24, vocab=64, experts=4)
 
@@ -64,10 +67,11 @@ class Lit(LightningModule):
 
 @dataclass
 class Seen:
-    """What a fit came by: at each step the whole gradients, the norm, the scale, and the parameters after it.
+    """What a fit came by: of each step the norm, the scale, and what `Watch` was asked to gather whole.
 
     Attributes:
         gradients: as `on_before_optimizer_step` sees them; `clipped` as the step did.
+        parameters: after the step.
         losses: of each micro-batch.
     """
 
@@ -80,21 +84,27 @@ class Seen:
 
 
 class Watch(Callback):
-    """Keeps what is seen."""
+    """Keeps what is seen; of the whole tensors, each of which is a collective, only the `kept` fields of `Seen`."""
 
-    def __init__(self) -> None:
-        self.seen = Seen()
+    def __init__(self, kept: Sequence[str] = ()) -> None:
+        self.seen, self.kept = Seen(), kept
+        self._stepped = False
 
     def on_before_optimizer_step(self, trainer: Trainer, module: LightningModule, optimizer: Any) -> None:
-        self.seen.gradients.append(whole(module, gradients=True))
+        self._stepped = True
+        if "gradients" in self.kept:
+            self.seen.gradients.append(whole(module, gradients=True))
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *args: Any) -> None:
         seen = self.seen
         seen.losses.append(float(trainer.callback_metrics["loss"]))
-        if len(seen.parameters) == len(seen.gradients):
+        if not self._stepped:
             return  # a micro-batch without a step
-        seen.clipped.append(whole(module, gradients=True))
-        seen.parameters.append(whole(module))
+        self._stepped = False
+        if "clipped" in self.kept:
+            seen.clipped.append(whole(module, gradients=True))
+        if "parameters" in self.kept:
+            seen.parameters.append(whole(module))
         plugin: Any = trainer.precision_plugin
         seen.norms.append(None if plugin.gradient_norm is None else float(plugin.gradient_norm))
         if plugin.scaler is not None:
@@ -131,11 +141,20 @@ def make_trainer(strategy: HelixStrategy, ranks: int, *callbacks: Callback, **kw
     )
 
 
-def fit(module: LightningModule, strategy: HelixStrategy, samples: int, batch: int, **kwargs: Any) -> Seen:
-    """One epoch over `samples` samples; `batch` is the batch size of one replica."""
-    watch = Watch()
-    ranks = strategy.grid.ranks * strategy.data
-    callbacks = kwargs.pop("callbacks", [])
-    trainer = make_trainer(strategy, ranks, watch, *callbacks, max_epochs=1, **kwargs)
+def fit(
+    module: LightningModule, strategy: HelixStrategy, samples: int, batch: int, kept: Sequence[str] = (), **kwargs: Any
+) -> Seen:
+    """One epoch over `samples` samples; `batch` is the batch size of one replica, `kept` what `Watch` keeps."""
+    watch = Watch(kept)
+    trainer = make_trainer(strategy, strategy.grid.ranks * strategy.data, watch, max_epochs=1, **kwargs)
     trainer.fit(module, DataLoader(list(tokens(samples)), batch_size=batch))
     return watch.seen
+
+
+def each_on_ranks(ranks: int, fn: Callable[..., T], cases: Sequence[tuple[Any, ...]]) -> list[list[T]]:
+    """`fn(*case)` of each case, one after the other in one launch: of each case each rank's result.
+
+    What a rank does for the first time, such as Lightning's first fit, takes longer than most cases.
+    """
+    by_rank = on_ranks(ranks, lambda: [fn(*case) for case in cases])
+    return [list(results) for results in zip(*by_rank, strict=True)]

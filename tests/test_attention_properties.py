@@ -47,7 +47,7 @@ def cases(draw: st.DrawFn, grid: Grid) -> Case:
 
 @pytest.mark.parametrize("grid", [Grid(1, 1), Grid(2, 1), Grid(1, 3), Grid(3, 1), Grid(2, 2), Grid(4, 1)], ids=str)
 def test_any_shape_on_any_small_grid(grid: Grid) -> None:
-    @settings(max_examples=3, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
+    @settings(max_examples=2, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
     @given(st.lists(cases(grid), min_size=CASES_PER_LAUNCH, max_size=CASES_PER_LAUNCH))
     def parity(drawn: list[Case]) -> None:
         assert_parity(on_ranks(grid.ranks, run_all, grid, drawn), drawn)

@@ -82,7 +82,30 @@ class Steps(Callback):
         self.count = state["count"]
 
 
-def _fit(grid: Grid, steps: int, checkpoints: HelixCheckpoints | None, accumulate: int = 1) -> tuple[Lit, Steps]:
+class Unscheduled(Lit):
+    def configure_optimizers(self) -> Any:
+        return super().configure_optimizers()["optimizer"]
+
+
+class Stop(Callback):
+    """Ends training after so many batches, as time does: where a step's gradients may be half accumulated."""
+
+    def __init__(self, batches: int) -> None:
+        self.batches = batches
+
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: object) -> None:
+        trainer.should_stop = module.data_position == self.batches
+
+
+def _fit(
+    grid: Grid,
+    steps: int,
+    checkpoints: HelixCheckpoints | None,
+    accumulate: int = 1,
+    most: int | None = None,
+    kind: type[Lit] = Lit,
+) -> tuple[Lit, Steps]:
+    """Train for `steps` steps; with `most`, for so many batches."""
     warnings.filterwarnings("ignore", category=UserWarning, module=r"lightning\.")
     torch.manual_seed(0)
     counter = Steps()
@@ -90,16 +113,16 @@ def _fit(grid: Grid, steps: int, checkpoints: HelixCheckpoints | None, accumulat
         strategy=HelixStrategy(grid),
         accelerator="cpu",
         devices=grid.ranks,
-        max_steps=steps,
+        max_steps=-1 if most else steps,
         accumulate_grad_batches=accumulate,
-        callbacks=[counter, *([checkpoints] if checkpoints else [])],
+        callbacks=[counter, *([checkpoints] if checkpoints else []), *([Stop(most)] if most else [])],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
     )
-    module = Lit()
+    module = kind()
     trainer.fit(module)
     assert trainer.global_step == steps
     return module, counter
@@ -108,7 +131,8 @@ def _fit(grid: Grid, steps: int, checkpoints: HelixCheckpoints | None, accumulat
 def _cut_and_resumed(folder: Path, grid: Grid, accumulate: int, background: bool) -> tuple[list, list, int]:
     whole, _ = _fit(grid, 6, None, accumulate)
     first = HelixCheckpoints(folder, every_n_steps=2, keep=2, background=background)
-    _fit(grid, 3, first, accumulate)
+    most = 4 * accumulate - 1  # every batch a step, or between the third and the fourth
+    _fit(grid, 3, first, accumulate, most)
     assert first.resumed is None
     assert first.last is not None
     assert first.last.path.name == "00002-step-3"
@@ -126,7 +150,7 @@ def test_a_resumed_run_goes_on_bit_for_bit(tmp_path: Path, accumulate: int, back
         assert len(whole) == 6 * accumulate
         assert len({lr for _, _, lr in whole}) == 3
         assert rest == whole[3 * accumulate :]  # losses, learning rates and the data's order
-        assert count == 6 * accumulate
+        assert count == 6 * accumulate + accumulate - 1  # of batches that are seen twice, too
 
 
 def _on_another_grid(folder: Path, grid: Grid, steps: int) -> list[tuple[int, float, float]]:
@@ -146,7 +170,9 @@ def _resumes(folder: Path, resume: str | None) -> None:
     _fit(Grid(2, 1), 1, HelixCheckpoints(folder, resume=resume))
 
 
-def _of_another_model(folder: Path) -> None:
+def _of_another_model(folder: Path, unscheduled: Path) -> None:
+    with pytest.raises(CheckpointError, match="has 1 learning-rate schedules, and the module 0"):
+        _fit(Grid(2, 1), 2, HelixCheckpoints(unscheduled), kind=Unscheduled)
     save(folder, torch.nn.Linear(2, 2))
     with pytest.raises(CheckpointError, match="is not in the checkpoint"):
         _resumes(folder, "latest")
@@ -159,6 +185,6 @@ def test_what_cannot_be_resumed_is_refused(tmp_path: Path) -> None:
     assert len(checkpoints(tmp_path)) == 1
     on_ranks(2, _resumes, tmp_path, None)  # anew
     assert len(checkpoints(tmp_path)) == 2
-    on_ranks(2, _of_another_model, tmp_path / "other")
+    on_ranks(2, _of_another_model, tmp_path / "other", tmp_path)
     with pytest.raises(CheckpointError, match="every_n_steps must be at least 1"):
         HelixCheckpoints(tmp_path, every_n_steps=0)

@@ -13,14 +13,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpointed import DENSE, build, loaded, step_once, trained
+from checkpointed import DENSE, build, check_loads, saved
 from ranks import on_ranks
 
 from helix.checkpoint import manifest, storage
 from helix.checkpoint.save_and_load import BackgroundSaver, CheckpointError, CheckpointWarning, load, restore, save
 from helix.comm.launch import RankError
 from helix.partition.grid import Grid
-from helix.partition.shape import TransformerShape
+
+DAMAGES = ("truncated", "flipped", "missing", "manifest")
 
 
 def _die(*_: object, **__: object) -> None:
@@ -30,11 +31,7 @@ def _die(*_: object, **__: object) -> None:
 def _killed(folder: Path, where: str, background: bool) -> None:
     model, optimizer = build(DENSE, Grid(2, 1))
     saver = BackgroundSaver() if background else None
-    write = saver.save if saver else save
-    step_once(model, optimizer)
-    write(folder, model, [optimizer], {"step": 2}, step=1)
-    if saver:
-        saver.wait()
+    save(folder, model, [optimizer], {"step": 1}, step=1)
     if torch.distributed.get_rank() == (1 if where == "file" else 0):
         if where == "file":
 
@@ -45,24 +42,27 @@ def _killed(folder: Path, where: str, background: bool) -> None:
             storage.save_file = half
         else:
             setattr(manifest, {"manifest": "write", "rename": "publish"}[where], _die)
-    step_once(model, optimizer)
-    write(folder, model, [optimizer], {"step": 3}, step=2)
+    (saver.save if saver else save)(folder, model, [optimizer], {"step": 2}, step=2)
     if saver:
         saver.wait()
 
 
-@pytest.mark.parametrize("background", [False, True])
-@pytest.mark.parametrize("where", ["file", "manifest", "rename"])
+def _goes_on(folder: Path) -> None:
+    model, optimizer = build(DENSE, Grid(1, 1))
+    assert check_loads(folder, model, optimizer) == {"step": 1}
+    save(folder, model, [optimizer], step=2)
+
+
+@pytest.mark.parametrize(("where", "background"), [("file", True), ("manifest", False), ("rename", True)])
 def test_killed_inside_a_save_leaves_the_checkpoint_before(tmp_path: Path, where: str, background: bool) -> None:
     with pytest.raises(RankError, match="SIGKILL"):
         on_ranks(2, _killed, tmp_path, where, background)
     assert (tmp_path / ".00002-step-2.partial").is_dir()
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # nothing to warn of: half a checkpoint has no checkpoint's name
-        assert manifest.latest(tmp_path).name == "00001-step-1"
-    assert on_ranks(1, loaded, tmp_path, DENSE, Grid(1, 1))[0][1] == {"step": 2}
-    on_ranks(1, trained, tmp_path, DENSE, Grid(1, 1), 1, 1)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["00001-step-1", "00002-step-1"]
+        assert manifest.latest(tmp_path) == tmp_path / "00001-step-1"
+    on_ranks(1, _goes_on, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["00001-step-1", "00002-step-2"]
 
 
 def _until_killed(folder: Path, count: Path, seconds: float, background: bool) -> None:
@@ -82,7 +82,7 @@ def _until_killed(folder: Path, count: Path, seconds: float, background: bool) -
 def test_killed_at_random_moments(tmp_path: Path, background: bool) -> None:
     draw, count, folder = random.Random(int(background)), tmp_path / "count", tmp_path / "checkpoints"
     count.write_text("")
-    for _ in range(6):
+    for _ in range(3):
         with pytest.raises(RankError, match="SIGKILL"):
             on_ranks(2, _until_killed, folder, count, draw.uniform(0, 0.5), background)
         newest = manifest.latest(folder)
@@ -90,36 +90,50 @@ def test_killed_at_random_moments(tmp_path: Path, background: bool) -> None:
         assert newest.name[:5] >= count.read_text()[:5]  # no save that had returned was lost
 
 
-def _refused(folder: Path, shape: TransformerShape) -> tuple[str, str]:
-    model, optimizer = build(shape, Grid(2, 1))
-    if torch.distributed.get_rank() == 0:
-        with pytest.warns(CheckpointWarning) as seen:
-            taken = restore(folder, model, [optimizer])
-        return str(seen[0].message), taken.path.name
-    return "", restore(folder, model, [optimizer]).path.name
-
-
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing", "manifest"])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tmp_path: Path, damage: str) -> None:
-    on_ranks(2, trained, tmp_path, DENSE, Grid(2, 1))
-    newest = tmp_path / "00002-step-2"
-    file = newest / ("manifest.json" if damage == "manifest" else "rank-00001.safetensors")
+def _damage(folder: Path, how: str) -> Path:
+    """Damage the newest of two checkpoints, and return the file that is to be named."""
+    file = folder / "00002-step-2" / ("manifest.json" if how == "manifest" else "rank-00001.safetensors")
     content = bytearray(file.read_bytes())
-    if damage == "truncated":
+    if how == "truncated":
         content = content[:-5]
     else:
         content[len(content) // 2] ^= 1
-    file.unlink() if damage == "missing" else file.write_bytes(content)
-    with pytest.raises(CheckpointError, match=file.name):
-        manifest.verify(newest)
-    for warned, taken in on_ranks(2, _refused, tmp_path, DENSE):
-        assert taken == "00001-step-1"
-        assert not warned or (str(file) in warned and "00001-step-1 is taken instead" in warned)
-    shutil.rmtree(tmp_path / "00001-step-1")
-    with pytest.raises(CheckpointError, match=f"none of the 1 checkpoints .* is whole; the newest: .*{file.name}"):
-        on_ranks(2, loaded, tmp_path, DENSE, Grid(2, 1))
-    with pytest.raises(CheckpointError, match=file.name):  # asked for by name: no other will do
-        on_ranks(1, loaded, newest, DENSE, Grid(1, 1))
+    file.unlink() if how == "missing" else file.write_bytes(content)
+    return file
+
+
+def _refused(folders: list[Path]) -> list[tuple[list[str], dict[str, object], str]]:
+    """Of each folder: what was warned, what of the first checkpoint came back, and what is said once that is gone."""
+    found = []
+    for folder in folders:
+        model, optimizer = build(DENSE, Grid(2, 1))
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always", CheckpointWarning)
+            extra = check_loads(folder, model, optimizer)
+        torch.distributed.barrier()
+        if torch.distributed.get_rank() == 0:
+            shutil.rmtree(folder / "00001-step-1")
+        torch.distributed.barrier()
+        with pytest.raises(CheckpointError) as none_left:
+            restore(folder, model)
+        found.append(([str(each.message) for each in warned], extra, str(none_left.value)))
+    return found
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tmp_path: Path) -> None:
+    on_ranks(2, saved, tmp_path / "whole", DENSE, Grid(2, 1), 1, 2)
+    folders = [tmp_path / how for how in DAMAGES]
+    files = [_damage(shutil.copytree(tmp_path / "whole", folder), folder.name) for folder in folders]
+    for file in files:
+        with pytest.raises(CheckpointError, match=file.name):  # asked for by name: no other will do
+            manifest.verify(file.parent)
+    for rank, found in enumerate(on_ranks(2, _refused, folders)):
+        for (warned, extra, none_left), file in zip(found, files, strict=True):
+            assert extra == {"step": 1}
+            assert len(warned) == (rank == 0)
+            assert all(str(file) in each and "00001-step-1 is taken instead" in each for each in warned)
+            assert none_left.startswith(f"none of the 1 checkpoints in {file.parent.parent} is whole; the newest: ")
+            assert str(file) in none_left
 
 
 def _fails_on_rank_1(folder: Path) -> str:

@@ -11,7 +11,18 @@ from safetensors.torch import load_file, save_file
 
 from helix.__main__ import main
 from helix.checkpoint import manifest
-from helix.checkpoint.save_and_load import CheckpointError, CheckpointWarning, export, import_, latest, save, verify
+from helix.checkpoint.save_and_load import (
+    CheckpointError,
+    CheckpointWarning,
+    export,
+    import_,
+    latest,
+    load,
+    save,
+    verify,
+)
+from helix.models.plain import PlainTransformer
+from helix.partition.shape import TransformerShape
 
 WEIGHTS = {
     "b": torch.arange(12, dtype=torch.float32).view(3, 4),
@@ -115,6 +126,22 @@ def test_latest_passes_over_what_is_damaged(tmp_path: Path, capsys: pytest.Captu
     assert said.err.endswith("so this checkpoint is not loaded; 00001-step-1 is taken instead\n")
 
 
+def test_verify_has_a_line_on_each_checkpoint_of_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = [save(tmp_path, torch.nn.Linear(2, 2), step=step).path for step in (1, 2, 3)]
+    second = paths[1]
+    _helix("verify", tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" is whole: 2 tensors")[0] for line in lines] == [str(path) for path in paths]
+    (second / FILE).write_bytes(b"")
+    with pytest.raises(SystemExit) as stopped:
+        _helix("verify", tmp_path)
+    said = capsys.readouterr()
+    assert stopped.value.code == 2
+    assert said.out.count(" is whole: ") == 2
+    assert said.err.startswith(f"python -m helix: error: {second / FILE} has 0 bytes")
+    assert said.err.count("\n") == 1
+
+
 @pytest.mark.parametrize("extra", [{"a": {1, 2}}, {"a": [torch.zeros(2)]}, {"a": {"b": object()}}])
 def test_extra_takes_plain_values_only(tmp_path: Path, extra: dict[str, object]) -> None:
     with pytest.raises(CheckpointError, match=r"extra\.a.* is a \w+, and a checkpoint takes only"):
@@ -136,35 +163,65 @@ def _reseal(path: Path, change: dict[str, object]) -> None:
     """A stranger's manifest: altered, with a checksum that is right."""
     body = json.loads((path / manifest.FILE).read_text()) | change
     del body["sha256"]
-    (path / manifest.FILE).write_text(json.dumps({"sha256": manifest._digest(body), **body}))
+    (path / manifest.FILE).write_text(manifest.seal(body))
+
+
+FILE = "rank-00000.safetensors"
+
+
+def _tensor(shape: list[object], *chunks: tuple[list[object], list[object]], dtype: object = "float32") -> object:
+    """The tensors of a manifest whose one, of 2 x 2 in truth, is described like this."""
+    return {"tensors": {"w": {"dtype": dtype, "shape": shape, "chunks": [[FILE, *chunk] for chunk in chunks]}}}
 
 
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"files": {"../../etc/passwd": {"sha256": "", "nbytes": 1}}}, "is no name of a file in it"),
+        (
+            {"files": {"../../etc/passwd": {"sha256": "", "nbytes": 1}}},
+            "'../../etc/passwd' is no name of a file in it",
+        ),
+        ({"files": {"/etc/x.safetensors": {"sha256": "", "nbytes": 1}}}, "is no name of a file in it"),
+        ({"files": {FILE: {"sha256": "", "nbytes": -1}}}, "-1 is no size"),
         ({"format": "helix-checkpoint-9"}, "is of format 'helix-checkpoint-9', and this Helix reads"),
-        ({"tensors": {"a": {"dtype": "float32", "shape": [9], "chunks": []}}}, "the pieces of a do not make it up"),
-        ({"tensors": {"a": 3}}, "is not what was written"),
+        ({"tensors": {"w": 3}}, "is not what was written"),
+        ({"tensors": {"w": {"dtype": "float32", "shape": [1], "chunks": [["x", [0], [1]]]}}}, "not listed"),
+        (_tensor([9]), "the pieces of w do not make it up"),
+        (_tensor([2, 2], ([0, 0], [1, 2]), ([0, 0], [1, 2])), "the pieces of w do not make it up"),  # overlap
+        (_tensor([2, 2], ([0, 0], [1, 2]), ([1, 1], [1, 2])), "the pieces of w do not make it up"),  # stick out
+        (_tensor([2, 2], ([0], [4])), "the pieces of w do not make it up"),
+        (_tensor([2, 2], ([-1, 0], [2, 2])), "-1 is no size"),
+        (_tensor([-2, -2], ([0, 0], [2, 2])), "-2 is no size"),
+        (_tensor([2.0, 2], ([0, 0], [2, 2])), "2.0 is no size"),
+        (_tensor([10**30], ([0], [10**30])), "is no size"),
+        (_tensor([10**12], ([0], [10**12])), "bytes, and the tensors in it have 4000000000000"),
+        (_tensor([1] * 40, ([0] * 40, [1] * 40)), "a list of at most 8 numbers"),
+        (_tensor([2, 2], ([0, 0], [2, 2]), dtype="serialization"), "w is of dtype 'serialization'"),
         ({"about": {"surprise": 1}}, "is not what was written"),
+        ({"about": {"step": "many"}}, "'many' is no size"),
+        ({"about": {"optimizers": [{"type": "AdamW", "groups": [{"params": []}]}]}}, "an optimizer that is none"),
     ],
 )
 def test_a_strangers_manifest_is_refused(tmp_path: Path, change: dict[str, object], reason: str) -> None:
     path = save(tmp_path, torch.nn.Linear(2, 2)).path
-    _reseal(path, {})
+    _reseal(path, _tensor([2, 2], ([0, 0], [1, 2]), ([1, 0], [1, 2])))
     verify(path)
     _reseal(path, change)
-    with pytest.raises(CheckpointError, match=reason):
+    with pytest.raises(CheckpointError) as refused:
         verify(path)
+    assert reason in str(refused.value)
+    assert "\n" not in str(refused.value)
 
 
-def test_an_unknown_dtype_is_refused(tmp_path: Path) -> None:
-    path = save(tmp_path, torch.nn.Linear(1, 1, bias=False)).path
-    body = json.loads((path / manifest.FILE).read_text())
-    body["tensors"]["weight"]["dtype"] = "serialization"
-    _reseal(path, body)
-    with pytest.raises(CheckpointError, match="weight is of dtype 'serialization'"):
-        export(path, tmp_path / "x.safetensors")
+def test_a_strangers_model_is_refused(tmp_path: Path) -> None:
+    path = save(tmp_path, PlainTransformer(TransformerShape(1, 8, 2, 2, 4, 8, vocab=4))).path
+    about = json.loads((path / manifest.FILE).read_text())["about"]
+    load(path, PlainTransformer(TransformerShape(1, 8, 2, 2, 4, 8, vocab=4)))
+    for wrong in ({"layers": "1"}, {"layers": 0}, {"kv_heads": None}):
+        about["models"][""]["shape"] |= wrong
+        _reseal(path, {"about": about})
+        with pytest.raises(CheckpointError, match="what the checkpoint says of its model makes no sense"):
+            load(path, PlainTransformer(TransformerShape(1, 8, 2, 2, 4, 8, vocab=4)))
 
 
 def test_a_tied_weight_is_kept_once(tmp_path: Path) -> None:

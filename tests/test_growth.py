@@ -8,23 +8,26 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from sweeps import settings
 
 from helix.command.sweep import REPORT, SweepJob
-from helix.config.schema import (
-    HardwareConfig,
-    InferConfig,
-    LoggerConfig,
-    ModelConfig,
-    ParallelConfig,
-    WorkloadConfig,
-    digest,
-    to_shape,
-)
+from helix.config.schema import digest, to_shape
 from helix.partition.grid import Grid
 from helix.partition.options import AttentionOptions
 from helix.partition.transformer_cost import TransformerCost
 from helix.study import growth
-from helix.study.report import Accuracy, Measurement, Memory, Method, Refusal, Report, Rival, Schedules, Traffic, write
+from helix.study.report import (
+    Accuracy,
+    Measurement,
+    Memory,
+    MethodLabel,
+    Refusal,
+    Report,
+    Rival,
+    Schedules,
+    Traffic,
+    write,
+)
 from helix.study.statistics import paired, summarize
 from helix.study.sweep import collect, comparisons
 
@@ -33,21 +36,13 @@ MS_PER_FLOP, MS_PER_BYTE, MS = 1e-6, 3e-5, 2.0
 
 
 def job(folder: Path, length: int, m: int = 2) -> SweepJob:
-    settings = InferConfig(
-        parallel=ParallelConfig(m=m, n=1, schedule="rows"),
-        model=ModelConfig(name="dense", layers=1, width=64, heads=4, head_dim=16, mlp_hidden=64),
-        hardware=HardwareConfig(name="auto", source="this machine"),
-        workload=WorkloadConfig(name="small", batch_size=4, seq_len=length, warmup=0, iterations=1, runs=2),
-        logger=LoggerConfig(kind="none"),
-    )
     overrides = (f"workload.seq_len={length}", f"parallel.m={m}")
-    return SweepJob(length + m, overrides, settings, folder / f"{length}_{m}")
+    return SweepJob(length + m, overrides, settings(m, seq_len=length, schedule="rows"), folder / f"{length}_{m}")
 
 
 def cost(one: SweepJob, schedule: str) -> TransformerCost:
-    settings = one.settings
-    grid, work = Grid(settings.parallel.m, 1), settings.workload
-    return TransformerCost(to_shape(settings.model), grid, AttentionOptions(schedule), 4, work.seq_len, 4)
+    grid, work = Grid(one.settings.parallel.m, 1), one.settings.workload
+    return TransformerCost(to_shape(one.settings.model), grid, AttentionOptions(schedule), 4, work.seq_len, 4)
 
 
 def figures(one: SweepJob, schedule: str) -> Measurement:
@@ -61,7 +56,7 @@ def figures(one: SweepJob, schedule: str) -> Measurement:
     distance = 0.8 if schedule == "perslice" else None
     name = f"helix_{len(ranks)}x1_{schedule}"
     return Measurement(
-        method=Method(name, len(ranks), 1, Schedules(schedule)),
+        method=MethodLabel(name, len(ranks), 1, Schedules(schedule)),
         tokens_per_s=summarize([1e3 / run for run in runs]),
         step_ms=summarize(runs),
         comm_ms_per_token=None,
@@ -76,7 +71,7 @@ def measure(one: SweepJob) -> SweepJob:
     rivals: list[Rival | Refusal] = [
         Rival(**vars(each), paired=paired(each.step_ms.runs, main.step_ms.runs)) for each in others
     ]
-    rivals.append(Refusal(Method("cp2", 1, 2, Schedules(None)), "NotImplementedError: no"))
+    rivals.append(Refusal(MethodLabel("cp2", 1, 2, Schedules(None)), "NotImplementedError: no"))
     report = Report(
         **vars(main),
         started_at="2026-08-01T12:00:00+00:00",

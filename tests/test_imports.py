@@ -20,23 +20,22 @@ def imported(code: str, modules: tuple[str, ...] = HEAVY) -> set[str]:
     return set(done.stdout.split("loaded:")[1].split())
 
 
-@pytest.mark.parametrize(
-    "code",
-    [
-        "import helix",
-        "from helix import Grid, PartitionError",
-        "import helix.partition.grid, helix.partition.shape, helix.partition.schedules, helix.partition.cost",
-        "import helix.config.schema",
-        "import helix.study.text, helix.study.statistics, helix.study.report, helix.study.table, helix.study.tracking",
-    ],
-)
-def test_starts_without_torch(code: str) -> None:
-    assert imported(code) == set()
+LIGHT = """
+import helix
+from helix import Grid, PartitionError
+import helix.partition.grid, helix.partition.shape, helix.partition.schedules, helix.partition.cost
+import helix.config.schema
+import helix.study.text, helix.study.statistics, helix.study.report, helix.study.table, helix.study.tracking
+"""
 
 
-@pytest.mark.parametrize("name", ["launch", "HelixAttention"])
-def test_public_names_need_neither_deepspeed_nor_lightning(name: str) -> None:
-    assert imported(f"from helix import {name}") == {"torch"}
+def test_starts_without_torch() -> None:
+    """All of it together, so each of it alone."""
+    assert imported(LIGHT) == set()
+
+
+def test_public_names_need_neither_deepspeed_nor_lightning() -> None:
+    assert imported("from helix import launch, HelixAttention") == {"torch"}
 
 
 def test_the_probe_sees_what_is_imported() -> None:

@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
+from commands import Command
+from wandb_runs import wandb_records
 
-ROOT = Path(__file__).resolve().parent.parent
 TINY = [
     "model.layers=2",
     "model.width=64",
@@ -28,9 +27,8 @@ TINY = [
 ]
 
 
-def _start(run_dir: Path, *overrides: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "infer.py", f"hydra.run.dir={run_dir}", *overrides]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def _start(run_dir: Path, *overrides: str) -> Command:
+    return Command("infer.py", f"hydra.run.dir={run_dir}", *overrides)
 
 
 def _run(run_dir: Path, *overrides: str, timeout_s: float = 90) -> tuple[dict[str, Any], str]:
@@ -57,7 +55,7 @@ def test_moe_on_four_ranks_reports_what_the_contract_says(tmp_path: Path) -> Non
     assert memory["weights"] == memory["predicted"]
     assert memory["peak"] == memory["weights"] + memory["activations_peak"]
     assert "helix_2x2" in out
-    records = _wandb_records(tmp_path / report["wandb"]["path"])
+    records = wandb_records(tmp_path / report["wandb"]["path"])
     steps = [record for record in records if record["type"] == "history"]
     assert len(steps) == 5 * 2
     assert records[-1]["exit"]["exit_code"] == 0
@@ -131,9 +129,9 @@ def test_data_replicas_and_single(tmp_path: Path) -> None:
 
 
 def test_multirun_runs_every_job(tmp_path: Path) -> None:
-    command = [sys.executable, "infer.py", "-m", f"hydra.sweep.dir={tmp_path}", "parallel=helix", "parallel.m=1,2"]
-    command += ["parallel.n=1", "model=dense", "logger=none", *TINY]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=90)
+    words = ["parallel=helix", "parallel.m=1,2", "parallel.n=1", "model=dense", "logger=none", *TINY]
+    process = Command("infer.py", "-m", f"hydra.sweep.dir={tmp_path}", *words)
+    assert process.wait(timeout=90) == 0, process.read()
     reports = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("*/report.json"))]
     assert [report["method"]["name"] for report in reports] == ["helix_1x1", "helix_2x1"]
 
@@ -152,12 +150,12 @@ def test_a_killed_rank_ends_the_command_and_keeps_what_was_logged(tmp_path: Path
     assert "rank 2 was killed by SIGKILL" in err
     assert not [pid for pid in ranks if psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"]
     assert not (tmp_path / "report.json").exists()
-    records = _wandb_records(next((tmp_path / "wandb").glob("offline-run-*")))
+    records = wandb_records(next((tmp_path / "wandb").glob("offline-run-*")))
     assert [record for record in records if record["type"] == "history"]
     assert records[-1]["exit"]["exit_code"] != 0
 
 
-def _ranks(process: subprocess.Popen[str]) -> list[int]:
+def _ranks(process: Command) -> list[int]:
     """The pids of the four ranks, in order of rank: they are forked one after the other."""
 
     def children() -> list[int]:
@@ -172,10 +170,3 @@ def _wait_for(found: Callable[[], list[Any]], what: str) -> None:
     while not found():
         assert time.monotonic() < deadline, f"no {what}"
         time.sleep(0.2)
-
-
-def _wandb_records(folder: Path) -> list[dict[str, Any]]:
-    file = next(folder.glob("*.wandb"))
-    wandb = Path(sys.executable).with_name("wandb")
-    out = subprocess.run([wandb, "leet", "inspect", "--json", file], check=True, capture_output=True, text=True).stdout
-    return [json.loads(line) for line in out.splitlines() if line.startswith("{")]

@@ -95,7 +95,7 @@ def _balance(grid: Grid, data: int, residual: str) -> tuple[float, dict[str, tor
     mesh = Mesh(grid, data=data)
     model = Transformer(MOE, mesh, AttentionOptions(residual=residual), ep_size=1, dtype=torch.float64)
     model.init_weights(0)
-    balance = LoadBalance(model, mesh)
+    balance = LoadBalance(model, MOE, mesh)
     # 2 x 15 tokens a replica, or 30: no number of ranks beyond 2 divides them.
     batch = torch.randint(MOE.vocab, (4, 15), generator=torch.Generator().manual_seed(1)).chunk(data)[mesh.data.rank]
     model(batch)

@@ -5,6 +5,7 @@ All cases of one number of ranks share a launch; each is a test of its own, of t
 
 from __future__ import annotations
 
+import gc
 import os
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -12,7 +13,7 @@ from functools import cache
 import pytest
 import torch
 from ranks import on_ranks
-from torch import Tensor, nn
+from torch import Tensor
 
 from helix.comm.mesh import Mesh
 from helix.comm.parameters import fill, fill_normal, whole
@@ -107,22 +108,6 @@ class Outcome:
     expected: list[list[int]] = field(default_factory=list)
 
 
-class NormedReference(Reference):
-    """The reference with the norms' weights, which it takes for ones, so that their gradients can be compared."""
-
-    def add_norms(self) -> None:
-        names = [
-            f"blocks.{layer}.{name}" for layer in range(self.shape.layers) for name in ("attention_norm", "mlp_norm")
-        ]
-        self.norms = nn.ParameterList(norm_weight(name, self.shape.width).to(self.dtype) for name in [*names, "norm"])
-        self.names = [f"{name}.weight" for name in [*names, "norm"]]
-        self.calls = 0
-
-    def _norm(self, x: Tensor) -> Tensor:
-        self.calls += 1
-        return super()._norm(x) * self.norms[(self.calls - 1) % len(self.norms)]
-
-
 def norm_weight(name: str, width: int) -> Tensor:
     """Not ones: those would hide a weight that is used in the wrong place."""
     weight = torch.empty(width)
@@ -143,24 +128,21 @@ def inputs(case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return tokens, torch.randn(case.tokens, case.shape.vocab, generator=generator).to(dtype)
 
 
-def make_reference(case: Case, dtype: torch.dtype, narrow: bool) -> NormedReference:
-    reference = NormedReference(case.shape, case.grid, case.options, narrow, dtype)
+def make_reference(case: Case, dtype: torch.dtype, narrow: bool) -> Reference:
+    reference = Reference(case.shape, case.grid, case.options, narrow, dtype)
     reference.init_weights(SEED)
-    reference.add_norms()
+    for name, weight in reference.named_weights().items():
+        if name.endswith("norm.weight"):
+            fill(weight, norm_weight(name.removesuffix(".weight"), case.shape.width))
     return reference
 
 
-def run_reference(case: Case, dtype: torch.dtype) -> tuple[NormedReference, Tensor]:
+def run_reference(case: Case, dtype: torch.dtype) -> tuple[Reference, Tensor]:
     reference = make_reference(case, dtype, narrow=case.options.schedule == "perslice")
     tokens, gradient = inputs(case, dtype)
     logits = reference(tokens)
     logits.backward(gradient)
     return reference, logits.detach()
-
-
-def reference_parameters(reference: NormedReference) -> dict[str, Tensor]:
-    named = {name.replace("/", "."): weight for name, weight in reference.weights.items()}
-    return named | dict(zip(reference.names, reference.norms, strict=True))
 
 
 def whole_parameters(model: Transformer, gradients: bool) -> dict[str, Tensor]:
@@ -197,12 +179,10 @@ def run_case(case: Case, dtype: torch.dtype) -> Outcome:
     logits.backward(gradient[:, own.start : own.stop])
 
     out = Outcome(logits=relative(model.whole_logits(logits.detach()), expected), ep_size=model.ep_size)
-    named = reference_parameters(reference)
+    named = reference.named_weights()
     gradients = whole_parameters(model, gradients=True)
     weights = whole_parameters(model, gradients=False) if dtype == torch.float32 else {}
     for name in gradients:
-        if name.endswith(("q_norm", "k_norm")):  # the reference has none: see test_qk_norm_gradients
-            continue
         if weights:
             out.weights_equal[name] = torch.equal(weights[name], named[name].detach())
         expected_gradient = named[name].grad
@@ -237,6 +217,8 @@ def outcomes(ranks: int) -> list[dict[tuple[str, str], Outcome]]:
     """Of every rank, for all cases of this many ranks."""
     os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed  # noqa: F401  once, before the fork, not on every rank
+
+    gc.freeze()  # as in conftest.py
 
     ids = [key for key, case in CASES.items() if case.grid.ranks == ranks]
     return on_ranks(ranks, run_cases, ids, timeout_s=60)

@@ -145,11 +145,11 @@ def test_the_listed_grids_are_the_ones_that_pass(ranks: int, partition: tuple[Gr
         (lambda: check_expert_parallel(8, 16, 16), "ep_size must divide both; legal ep_size: [1, 2, 4, 8]"),
         (lambda: check_expert_parallel(6, 3, 4), "legal ep_size: [1, 2]"),
         (
-            lambda: check_ends(TransformerShape(1, 8, 2, 2, 8, 8), Grid(1, 1), "concat", "column"),
+            lambda: check_ends(HeadLayout(2, 2, 8), 8, "concat", "column"),
             "aggregate=concat needs heads * head_dim = width, not 2 * 8 != 8",
         ),
         (
-            lambda: check_ends(TransformerShape(1, 8, 2, 2, 8, 8), Grid(1, 1), "project", "block"),
+            lambda: check_ends(HeadLayout(2, 2, 8), 8, "project", "block"),
             "projection=block needs heads * head_dim = width",
         ),
     ],

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import pytest
@@ -51,6 +53,7 @@ def libraries() -> None:
     load_deepspeed("cpu")
     AutoTensorParallel.load("cpu")
     HuggingFace.load("cpu")
+    gc.freeze()  # as in conftest.py
 
 
 def job_of(shape: TransformerShape, length: int = LENGTH) -> Job:
@@ -77,7 +80,7 @@ def routes_of(method: Method, tokens: Tensor) -> list[Tensor]:
         return routes
     single = PlainTransformer(method.job.shape, torch.float32)
     single.init_weights(SEED)
-    for block in single.blocks:
+    for block in single.blocks.values():
         block.mlp.router.register_forward_hook(lambda _, args, out: routes.append(out.topk(2, dim=-1)[1]))
     single(tokens)
     return routes
@@ -115,35 +118,39 @@ def refusal(name: str, shape: TransformerShape, ranks: int, length: int = LENGTH
     return "", ""
 
 
-def check(outcomes: list[Outcome]) -> None:
+def check(outcomes: Sequence[Outcome], name: str = "") -> None:
     assert outcomes[0].error is not None
-    assert outcomes[0].error < BOUND
+    assert outcomes[0].error < BOUND, name
     for each in outcomes:
-        assert each.sent == each.predicted
-        assert each.weight_bytes == each.predicted_weight_bytes
+        assert each.sent == each.predicted, name
+        assert each.weight_bytes == each.predicted_weight_bytes, name
+
+
+def run_each(names: Sequence[str], shape: TransformerShape, ranks: int) -> list[Outcome]:
+    return [run(name, shape, ranks) for name in names]
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-@pytest.mark.parametrize("name", ["ulysses", "autotp", "transformers"])
-def test_a_peer_is_the_same_function(name: str, ranks: int) -> None:
-    check(on_ranks(ranks, run, name, SHAPE, ranks))
+def test_a_peer_is_the_same_function(ranks: int) -> None:
+    names = ("ulysses", "autotp", "transformers")
+    for name, outcomes in zip(names, zip(*on_ranks(ranks, run_each, names, SHAPE, ranks), strict=True), strict=True):
+        check(outcomes, name)
 
 
-@pytest.mark.parametrize("name", ["ulysses", "autotp"])
-def test_heads_that_the_ranks_do_not_divide(name: str) -> None:
+def test_heads_that_the_ranks_do_not_divide() -> None:
     """DeepSpeed deals two heads to rank 0 and one to rank 1."""
-    outcomes = on_ranks(2, run, name, THREE, 2)
-    check(outcomes)
-    if name == "ulysses":
-        assert outcomes[0].sent != outcomes[1].sent
-    else:
-        assert outcomes[0].weight_bytes > outcomes[1].weight_bytes
+    ulysses, autotp = zip(*on_ranks(2, run_each, ("ulysses", "autotp"), THREE, 2), strict=True)
+    check(ulysses, "ulysses")
+    check(autotp, "autotp")
+    assert ulysses[0].sent != ulysses[1].sent
+    assert autotp[0].weight_bytes > autotp[1].weight_bytes
 
 
 @pytest.mark.parametrize(("kv_heads", "ranks"), [(2, 2), (2, 4), (1, 2)])
-@pytest.mark.parametrize("name", ["ulysses", "autotp"])
-def test_fewer_key_value_heads(name: str, kv_heads: int, ranks: int) -> None:
-    check(on_ranks(ranks, run, name, replace(SHAPE, kv_heads=kv_heads, qk_norm=True), ranks))
+def test_fewer_key_value_heads(kv_heads: int, ranks: int) -> None:
+    names, shape = ("ulysses", "autotp"), replace(SHAPE, kv_heads=kv_heads, qk_norm=True)
+    for name, outcomes in zip(names, zip(*on_ranks(ranks, run_each, names, shape, ranks), strict=True), strict=True):
+        check(outcomes, name)
 
 
 def test_autotp_leaves_ranks_without_a_head() -> None:
@@ -175,7 +182,7 @@ def run_ring(shape: TransformerShape, ranks: int, length: int) -> Outcome:
     """Context parallelism with the CPU's flash kernel put into PyTorch's ring, which knows only CUDA's kernels."""
     method = ContextParallel(job_of(shape, length), Layout(Grid(1, ranks)))
     group, kernel = method.sequence.get_group(), torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    for block in method.model.blocks:
+    for block in method.model.blocks.values():
         assert isinstance(block, PlainBlock)
         block.attention.core = lambda q, k, v: _templated_ring_attention(group, 2, kernel, q, k, v, is_causal=True)[0]
     return outcome(method)
@@ -208,12 +215,19 @@ def test_ulysses_with_experts() -> None:
     assert outcomes[0].sent["all_to_all/experts"] > 0
 
 
-@pytest.mark.parametrize("name", ["autotp", "transformers"])
-def test_peers_that_run_the_dense_model_only(name: str) -> None:
-    assert all(kind == PartitionError.__name__ for kind, _ in on_ranks(2, refusal, name, EXPERTS, 2))
+def run_refusals() -> None:
+    for name, library in (("autotp", "DeepSpeed's AutoTP"), ("transformers", "transformers' tensor parallelism")):
+        sentence = f"{library} runs the dense model only; use model=dense or another method"
+        assert refusal(name, EXPERTS, 2) == (PartitionError.__name__, sentence)
+        assert refusal(name, SHAPE, 3) == (
+            PartitionError.__name__,
+            f"{library} over 3 ranks needs a launch of 3, not of 2",
+        )
+    for name, method in (("ulysses", "Ulysses"), ("context", "context parallelism")):
+        sentence = f"{method} over 2 ranks needs a length that they divide, not 15"
+        assert refusal(name, SHAPE, 2, 15) == (PartitionError.__name__, sentence)
 
 
-@pytest.mark.parametrize("name", ["ulysses", "context"])
-def test_a_length_that_the_ranks_do_not_divide(name: str) -> None:
-    refusals = on_ranks(2, refusal, name, SHAPE, 2, 15)
-    assert all(kind == PartitionError.__name__ and "length" in text for kind, text in refusals)
+def test_what_a_peer_cannot_do_it_says() -> None:
+    """Experts, another number of ranks than the launch's, and a length that the ranks do not divide."""
+    on_ranks(2, run_refusals)

@@ -8,17 +8,22 @@ from typing import Any
 import fitting
 import pytest
 import torch
-from fitting import DENSE, MOE, Lit, Seen, make_trainer
+from fitting import DENSE, MOE, Lit, Seen, Watch, each_on_ranks, make_trainer
 from lightning.pytorch.plugins.precision import Precision
-from ranks import on_ranks
+from test_train import configured
 from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader
 
+from helix.config.schema import ConfigError
 from helix.parallel.precision import DTYPES, HelixPrecision
 from helix.parallel.scaler import LossScaler, make_scaler
 from helix.parallel.strategy import HelixStrategy
 from helix.partition.grid import Grid
 
-pytestmark = pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning"),
+    pytest.mark.usefixtures("deepspeed"),
+]
 
 
 class Overflow(Lit):
@@ -37,62 +42,76 @@ class Overflow(Lit):
 
 
 def _overflow(grid: Grid, data: int) -> Seen:
-    strategy = HelixStrategy(grid, data, precision="16-mixed")
-    return fitting.fit(Overflow(rank=3), strategy, samples=6 * data, batch=2, gradient_clip_val=1.0)
+    strategy = HelixStrategy(grid, data, precision="16-mixed", shard_data=data > 1)
+    kept = ("parameters",)
+    return fitting.fit(Overflow(rank=3), strategy, samples=6 * data, batch=2, kept=kept, gradient_clip_val=1.0)
 
 
-@pytest.mark.parametrize(("grid", "data"), [(Grid(2, 2), 1), (Grid(2, 1), 2)])
-def test_an_overflow_on_one_rank_makes_all_ranks_skip_the_step(grid: Grid, data: int) -> None:
-    start = make_scaler(grid, "adaptive").value
-    for seen in on_ranks(4, _overflow, grid, data):
-        first, second, third = seen.parameters
-        assert seen.scales == [start, start / 2, start / 2]
-        for name in first:
-            assert torch.equal(first[name], second[name]), name
-            assert not torch.equal(second[name], third[name]), name
-            assert bool(third[name].isfinite().all())
+def test_an_overflow_on_one_rank_makes_all_ranks_skip_the_step() -> None:
+    cases = [(Grid(2, 2), 1), (Grid(2, 1), 2)]
+    for (grid, _), results in zip(cases, each_on_ranks(4, _overflow, cases), strict=True):
+        start = make_scaler(grid, "adaptive").value
+        for seen in results:
+            first, second, third = seen.parameters
+            assert seen.scales == [start, start / 2, start / 2]
+            for name in first:
+                assert torch.equal(first[name], second[name]), name
+                assert not torch.equal(second[name], third[name]), name
+                assert bool(third[name].isfinite().all())
 
 
-def _losses(grid: Grid, precision: str, moe: bool = False) -> Seen:
-    return fitting.fit(Lit(MOE if moe else DENSE), HelixStrategy(grid, precision=precision), samples=12, batch=4)
+def _fit(grid: Grid, precision: str, moe: bool = False) -> Seen:
+    kept = () if moe else ("gradients",)
+    return fitting.fit(Lit(MOE if moe else DENSE), HelixStrategy(grid, precision=precision), 8, batch=4, kept=kept)
 
 
 def test_mixed_precision_follows_fp32() -> None:
-    expected = on_ranks(1, _losses, Grid(1, 1), "32-true")[0]
+    (dense,), (moe,) = each_on_ranks(1, _fit, [(Grid(1, 1), "32-true", experts) for experts in (False, True)])
     # bf16 has 8 bits and fp16 11: a rounding is 4e-3 and 5e-4, and some of them add up.
-    for precision, of_loss, of_gradient in (("bf16-mixed", 1e-2, 5e-2), ("16-mixed", 2e-3, 1e-2)):
-        seen = on_ranks(4, _losses, Grid(2, 2), precision)[0]
-        torch.testing.assert_close(seen.losses, expected.losses, rtol=of_loss, atol=0)
+    precisions = {"bf16-mixed": (1e-2, 5e-2), "16-mixed": (2e-3, 1e-2)}
+    cases = [(Grid(2, 2), precision, experts) for precision in precisions for experts in (False, True)]
+    for (_, precision, experts), (seen, *_) in zip(cases, each_on_ranks(4, _fit, cases), strict=True):
+        of_loss, of_gradient = precisions[precision]
+        expected = moe if experts else dense
+        # Routing may differ from fp32's where two experts are close.
+        torch.testing.assert_close(seen.losses, expected.losses, rtol=2e-2 if experts else of_loss, atol=0)
         assert seen.losses != expected.losses  # it did run in the narrow type
-        for name, gradient in expected.gradients[0].items():
+        for name, gradient in {} if experts else expected.gradients[0].items():
             found = seen.gradients[0][name]  # what the hook sees is unscaled
             assert found.dtype == torch.float32
             assert float((found - gradient).norm() / gradient.norm()) < of_gradient, name
 
 
-def test_experts_train_in_mixed_precision() -> None:
-    """Their routing may differ from fp32's where two experts are close, so only the losses are compared."""
-    expected = on_ranks(1, _losses, Grid(1, 1), "32-true", True)[0].losses
-    for precision in ("bf16-mixed", "16-mixed"):
-        seen = on_ranks(4, _losses, Grid(2, 2), precision, True)[0]
-        torch.testing.assert_close(seen.losses, expected, rtol=2e-2, atol=0)
+class Adam(Lit):
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=1e-2)
 
 
-def _dtypes(precision: str) -> tuple[set[torch.dtype], torch.dtype, torch.dtype, float]:
-    module = Lit(MOE)
-    seen = fitting.fit(module, HelixStrategy(Grid(2, 1), precision=precision), samples=8, batch=4)
+def _true(precision: str, adam: bool) -> tuple[set[torch.dtype], torch.dtype, torch.dtype, list[float]]:
+    """The dtypes of a module that trains for six steps on one batch, and its losses."""
+    module, watch = Adam(MOE) if adam else Lit(MOE), Watch()
+    trainer = make_trainer(HelixStrategy(Grid(2, 1), precision=precision), 2, watch, max_epochs=6)
+    trainer.fit(module, DataLoader(list(fitting.tokens(4)), batch_size=4))
     router = {p.dtype for name, p in module.named_parameters() if "gate" in name}
     assert len(router) == 1
     others = {p.dtype for name, p in module.named_parameters() if "gate" not in name}
-    return others, router.pop(), torch.get_default_dtype(), seen.losses[-1]
+    return others, router.pop(), torch.get_default_dtype(), watch.seen.losses
 
 
-@pytest.mark.parametrize("precision", ["64-true", "bf16-true", "16-true"])
-def test_true_precision_makes_the_parameters_in_it(precision: str) -> None:
-    for others, router, default, loss in on_ranks(2, _dtypes, precision):
-        assert others == {DTYPES[precision]}
-        assert router == default == torch.float32
-        assert math.isfinite(loss)
+def test_true_precision_makes_the_parameters_in_it_and_trains_them() -> None:
+    cases = [("64-true", True), ("bf16-true", True), ("bf16-true", False), ("16-true", False)]
+    for (precision, adam), ranks in zip(cases, each_on_ranks(2, _true, cases), strict=True):
+        for others, router, default, losses in ranks:
+            assert others == {DTYPES[precision]}
+            assert router == default == torch.float32
+            assert len(losses) == 6
+            assert losses[-1] < losses[0] - 0.1, (precision, adam)  # and so it is a number
+
+
+def test_adamw_on_fp16_weights_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"; choose precision=16-mixed or bf16-true, or optimizer=sgd$"):
+        configured("precision=16-true")
+    assert configured("precision=16-true", "optimizer=sgd").precision == "16-true"
 
 
 def test_the_scale_starts_higher_and_grows_later_on_narrower_partitions() -> None:
@@ -159,15 +178,7 @@ def test_a_wrong_precision_is_refused() -> None:
         HelixPrecision("bf16-mixed", LossScaler())
 
 
-class _Lbfgs(Lit):
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.LBFGS(self.parameters())
-
-
-def _lbfgs() -> None:
-    with pytest.raises(ValueError, match="does not go together with LBFGS"):
-        fitting.fit(_Lbfgs(DENSE), HelixStrategy(Grid(1, 1), precision="16-mixed"), samples=4, batch=4)
-
-
 def test_lbfgs_cannot_be_scaled() -> None:
-    on_ranks(1, _lbfgs)
+    optimizer = torch.optim.LBFGS([torch.zeros(1, requires_grad=True)])
+    with pytest.raises(ValueError, match="does not go together with LBFGS"):
+        HelixPrecision("16-mixed", LossScaler()).optimizer_step(optimizer, Lit(DENSE), lambda: None)

@@ -19,7 +19,7 @@ from helix.study.report import (
     Bubble,
     Measurement,
     Memory,
-    Method,
+    MethodLabel,
     Refusal,
     Report,
     Rival,
@@ -40,7 +40,7 @@ def made_up() -> Report:
     """A report with invented figures, of the width that real ones have."""
     return Report(
         started_at="2026-08-01T12:00:00+00:00",
-        method=Method("helix_4x4", 4, 4, Schedules("heads")),
+        method=MethodLabel("helix_4x4", 4, 4, Schedules("heads")),
         world_size=16,
         model={"name": "moe", "heads": 16, "head_dim": 64},
         hardware={"name": "cpu"},
@@ -186,7 +186,7 @@ def test_table_marks_bytes_that_differ() -> None:
 def test_table_of_one_process() -> None:
     report = replace(
         made_up(),
-        method=Method("single", 1, 1, Schedules("heads")),
+        method=MethodLabel("single", 1, 1, Schedules("heads")),
         world_size=1,
         comm_ms_per_token=summarize([0.0, 0.0]),
         comm_bytes_per_rank_per_step=Traffic({}, {}),
@@ -257,18 +257,18 @@ def compared() -> Report:
     beside = paired(slower.runs, report.step_ms.runs)
     tp8_pp2 = replace(
         Rival(**own, paired=beside),
-        method=Method("tp8_pp2", 1, 8, Schedules(None), stage=2),
+        method=MethodLabel("tp8_pp2", 1, 8, Schedules(None), stage=2),
         bubble=Bubble(0.183, 0.2),
         idle_ranks=3,
     )
     traffic = Traffic({"all_gather/tensor": 1_000_000}, None)
     other = replace(
         Rival(**own, paired=beside),
-        method=Method("hf_tp16", 1, 16, Schedules(None)),
+        method=MethodLabel("hf_tp16", 1, 16, Schedules(None)),
         accuracy=Accuracy("own_model_single", 1e-7),
         comm_bytes_per_rank_per_step=traffic,
     )
-    refused = Refusal(Method("cp16", 1, 16, Schedules(None)), "NotImplementedError: no sharding strategy")
+    refused = Refusal(MethodLabel("cp16", 1, 16, Schedules(None)), "NotImplementedError: no sharding strategy")
     return replace(report, baselines=[tp8_pp2, other, refused])
 
 

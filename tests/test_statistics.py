@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from helix.study.statistics import Runs, _bootstrap_interval, _t_interval, paired, ratio_interval, summarize
+from helix.study.statistics import Runs, _bootstrap_interval, paired, ratio_interval, summarize, t_interval
 
 TRIALS = 4000  # experiments, all at once: what `summarize` and `paired` call works on rows too
 RUNS = 5
@@ -38,7 +38,7 @@ def holding(intervals: tuple[Runs, Runs], truth: float) -> float:
 
 
 def t_ends(runs: Runs) -> tuple[Runs, Runs]:
-    mean, _, half = _t_interval(runs)
+    mean, _, half = t_interval(runs)
     return mean - half, mean + half
 
 
@@ -100,7 +100,7 @@ def test_95_percent_of_the_intervals_hold_the_ratio() -> None:
 
 def test_the_coverage_test_can_fail() -> None:
     """Normal quantiles in place of Student's, a common mistake, hold too few: 88 % with five runs."""
-    mean, sd, _ = _t_interval(np.random.default_rng(0).normal(100, 7, (TRIALS, RUNS)))
+    mean, sd, _ = t_interval(np.random.default_rng(0).normal(100, 7, (TRIALS, RUNS)))
     half = 1.96 * sd / math.sqrt(RUNS)
     assert holding((mean - half, mean + half), 100) < expected(0.95)[0]
 

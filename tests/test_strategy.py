@@ -1,138 +1,111 @@
-"""HelixStrategy under Lightning: mesh, samplers, signals; fit equal to the single device's, metrics, hooks."""
+"""HelixStrategy under Lightning: fit equal to the single device's, sharded over data too; metrics, hooks, signals."""
 
 from __future__ import annotations
 
 import os
 import signal
+from multiprocessing import get_context
+from typing import Any
 
 import fitting
 import pytest
 import torch
 import torch.nn.functional as F
-from fitting import DENSE, MOE, Seen, Watch, make_trainer
-from lightning.pytorch import LightningModule, Trainer
+from fitting import DENSE, MOE, Seen, Watch, each_on_ranks, make_trainer
+from lightning.pytorch import Callback, LightningModule
 from ranks import on_ranks
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from helix.attention import HelixAttention
 from helix.comm.record import record
-from helix.models.transformer import Transformer
 from helix.parallel.strategy import HelixStrategy
 from helix.partition.grid import Grid, PartitionError
-from helix.partition.options import AttentionOptions
 from helix.partition.shape import TransformerShape
 
-pytestmark = pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning")
-SHAPE = TransformerShape(1, 32, heads=4, kv_heads=4, head_dim=8, mlp_hidden=64, vocab=256)
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning"),
+    pytest.mark.usefixtures("deepspeed"),
+]
 
 
-class Lit(LightningModule):
-    """A user's own module: it partitions in configure_model."""
-
-    def configure_model(self) -> None:
-        self.model = Transformer(SHAPE, self.trainer.strategy.mesh, AttentionOptions())
-        self.model.init_weights(0)
-
-    def predict_step(self, tokens: torch.Tensor, index: int) -> torch.Tensor:
-        self.sigterm = signal.getsignal(signal.SIGTERM)
-        return self.model.whole_logits(self.model(tokens))
-
-
-def _predict(grid: Grid, data: int, ranks: int) -> tuple[list[torch.Tensor], bool, tuple[int, int]]:
-    strategy = HelixStrategy(grid, data=data)
+def _wrong_number() -> None:
+    strategy = HelixStrategy(Grid(2, 2))
     with pytest.raises(RuntimeError, match="once the Trainer"):
         _ = strategy.mesh
-    trainer = Trainer(
-        strategy=strategy,
-        accelerator="cpu",
-        devices=ranks,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-    )
-    module = Lit()
-    tokens = torch.randint(256, (2, 3, 8), generator=torch.Generator().manual_seed(0))
-    out = trainer.predict(module, DataLoader(list(tokens), batch_size=None))
-    sampler = strategy.distributed_sampler_kwargs
-    return out, module.sigterm is signal.SIG_DFL, (sampler["num_replicas"], sampler["rank"])
-
-
-def test_predict_is_the_single_ranks() -> None:
-    single = on_ranks(1, _predict, Grid(1, 1), 1, 1)[0][0]
-    for out, sigterm_is_default, _ in on_ranks(4, _predict, Grid(2, 2), 1, 4):
-        for value, expected in zip(out, single, strict=True):
-            # fp32 over one layer: 1e-5 of the largest logit.
-            torch.testing.assert_close(value, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
-        # Lightning's own handler broadcasts, which a rank whose group is dying would wait in.
-        assert sigterm_is_default
-
-
-def test_samplers_see_the_data_axis_only() -> None:
-    replicas = [sampler for _, _, sampler in on_ranks(4, _predict, Grid(2, 1), 2, 4)]
-    assert replicas == [(2, 0), (2, 0), (2, 1), (2, 1)]
+    fitting.fit(fitting.Lit(DENSE), strategy, samples=4, batch=4)
 
 
 def test_a_wrong_number_of_ranks_is_refused() -> None:
     with pytest.raises(PartitionError, match="needs 4 ranks, not the 2"):
-        on_ranks(2, _predict, Grid(2, 2), 1, 2)
+        on_ranks(2, _wrong_number)
     assert "WORLD_SIZE" not in os.environ
 
 
+def _alone() -> None:
+    seen = fitting.fit(fitting.Lit(DENSE), HelixStrategy(Grid(1, 1)), samples=8, batch=4)
+    assert len(seen.losses) == 2
+
+
+def test_without_a_launcher_there_is_one_rank() -> None:
+    with pytest.raises(ValueError, match=r"nobody has started the 4 .*: start them with helix\.launch, torchrun or"):
+        make_trainer(HelixStrategy(Grid(2, 2)), 4)
+    alone = get_context("fork").Process(target=_alone)
+    alone.start()
+    alone.join(20)
+    assert alone.exitcode == 0
+
+
 def _fit(
-    grid: Grid, data: int, shape: TransformerShape, batch: int, shard_data: bool = False, ep_size: int | None = None
-) -> tuple[Seen, dict]:
+    shape: TransformerShape, grid: Grid, data: int = 1, shard_data: bool = False, ep_size: int | None = None
+) -> tuple[Seen, dict[str, int]]:
     """Two steps of two micro-batches each, all dealt out by Lightning from an ordinary loader."""
     strategy = HelixStrategy(grid, data, precision="64-true", shard_data=shard_data)
+    kept = ("gradients", "clipped", "parameters") if grid.ranks * data == 1 else ("parameters",)
+    accumulating = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1}
     with record() as log:
-        watch = fitting.fit(
-            fitting.Lit(shape, ep_size), strategy, 16, batch, accumulate_grad_batches=2, gradient_clip_val=0.1
-        )
-    return watch, dict(log.calls)
+        seen = fitting.fit(fitting.Lit(shape, ep_size), strategy, 16, 4 // data, kept, **accumulating)
+    return seen, dict(log.calls)
 
 
-def _equal(results: list[tuple[Seen, dict]], expected: Seen, moe: bool = False) -> None:
-    """fp64, sums in another order; the experts' router is fp32, and every gradient is clipped by a norm with it."""
-    tolerance = 1e-6 if moe else 1e-10
-    for watch, _ in results:
-        torch.testing.assert_close(watch.losses, expected.losses, rtol=tolerance, atol=0)
-        torch.testing.assert_close(watch.norms, expected.norms, rtol=tolerance, atol=0)
-        for found, wanted in ((watch.gradients, expected.gradients), (watch.parameters, expected.parameters)):
-            assert len(found) == len(wanted) == 2
-            for step, expected_step in zip(found, wanted, strict=True):
-                assert step.keys() == expected_step.keys()
-                for name, value in expected_step.items():
-                    atol = tolerance * float(value.abs().max())
-                    torch.testing.assert_close(step[name], value, rtol=0, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
-
-
-def _expected(shape: TransformerShape) -> Seen:
-    watch, _ = on_ranks(1, _fit, Grid(1, 1), 1, shape, 4)[0]
-    assert all(norm > 0.1 for norm in watch.norms)  # so clipping does clip
-    seen, clipped = watch.gradients[0]["model.norm.weight"], watch.clipped[0]["model.norm.weight"]
-    torch.testing.assert_close(clipped, seen * 0.1 / watch.norms[0], rtol=1e-4, atol=0)
-    return watch
+def _equal(found: Seen, expected: Seen, tolerance: float) -> None:
+    """The parameters after each step have every gradient in them, clipped and summed."""
+    torch.testing.assert_close(found.losses, expected.losses, rtol=tolerance, atol=0)
+    torch.testing.assert_close(found.norms, expected.norms, rtol=tolerance, atol=0)
+    assert len(found.parameters) == len(expected.parameters) == 2
+    for step, expected_step in zip(found.parameters, expected.parameters, strict=True):
+        assert step.keys() == expected_step.keys()
+        for name, value in expected_step.items():
+            atol = tolerance * float(value.abs().max())
+            torch.testing.assert_close(step[name], value, rtol=0, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_fit_accumulates_clips_and_steps_as_the_single_device() -> None:
-    expected = _expected(DENSE)
-    for grid, data in ((Grid(2, 2), 1), (Grid(4, 1), 1), (Grid(1, 4), 1), (Grid(2, 1), 2), (Grid(1, 1), 2)):
-        _equal(on_ranks(grid.ranks * data, _fit, grid, data, DENSE, 4 // data), expected)
-
-
-def test_fit_with_experts() -> None:
-    expected = _expected(MOE)
-    _equal(on_ranks(4, _fit, Grid(2, 2), 1, MOE, 4), expected, moe=True)
-    _equal(on_ranks(4, _fit, Grid(1, 2), 2, MOE, 2), expected, moe=True)
-
-
-def test_gradients_are_reduced_once_a_step_and_never_for_a_micro_batch() -> None:
-    watch, calls = on_ranks(4, _fit, Grid(2, 1), 2, DENSE, 2)[0]
-    assert len(watch.losses) == 4  # micro-batches
-    of_gradients = {key: count for key, count in calls.items() if "gradient" in key}
-    assert of_gradients == dict.fromkeys(
+    dense, moe = each_on_ranks(1, _fit, [(DENSE, Grid(1, 1)), (MOE, Grid(1, 1))])
+    single = {DENSE: dense[0][0], MOE: moe[0][0]}
+    for seen in single.values():
+        assert all(norm is not None and norm > 0.1 for norm in seen.norms)  # so clipping does clip
+        free, clipped = seen.gradients[0]["model.norm.weight"], seen.clipped[0]["model.norm.weight"]
+        torch.testing.assert_close(clipped, free * 0.1 / seen.norms[0], rtol=1e-4, atol=0)
+    cases = [
+        (DENSE, Grid(2, 2)),
+        (DENSE, Grid(2, 1), 2),
+        (DENSE, Grid(1, 1), 4),
+        (DENSE, Grid(2, 1), 2, True),
+        (MOE, Grid(2, 2)),
+        (MOE, Grid(1, 2), 2),
+        (MOE, Grid(2, 1), 2, True),
+        (MOE, Grid(2, 1), 2, True, 1),  # two replicas of every expert
+    ]
+    results = each_on_ranks(4, _fit, cases)
+    for (shape, *_), ranks in zip(cases, results, strict=True):
+        for seen, _ in ranks:
+            # fp64, sums in another order; the experts' router is fp32, and the norm that clips has it in it.
+            _equal(seen, single[shape], 1e-6 if shape.experts else 1e-10)
+    # Of two steps and four micro-batches.
+    seen, calls = results[1][0]
+    assert len(seen.losses) == 4
+    assert {key: count for key, count in calls.items() if "gradient" in key} == dict.fromkeys(
         ("all_reduce/gradient.slice", "all_reduce/gradient.data", "all_reduce/gradient_norm.model"), 2
     )
 
@@ -158,15 +131,17 @@ class Manual(fitting.Lit):
 
 def _by_hand(manual: bool, precision: str) -> Seen:
     module = Manual() if manual else fitting.Lit(DENSE)
-    return fitting.fit(module, HelixStrategy(Grid(2, 1), 2, precision=precision), samples=8, batch=2)
+    strategy = HelixStrategy(Grid(2, 1), 2, precision=precision)
+    return fitting.fit(module, strategy, samples=8, batch=2, kept=("parameters",))
 
 
-@pytest.mark.parametrize("precision", ["32-true", "16-mixed"])
-def test_manual_optimization_is_reduced_and_scaled_too(precision: str) -> None:
-    manual, automatic = on_ranks(4, _by_hand, True, precision)[0], on_ranks(4, _by_hand, False, precision)[0]
-    assert manual.losses == automatic.losses
-    for name, value in automatic.parameters[-1].items():
-        assert torch.equal(manual.parameters[-1][name], value), name
+def test_manual_optimization_is_reduced_and_scaled_too() -> None:
+    cases = [(manual, precision) for precision in ("32-true", "16-mixed") for manual in (True, False)]
+    seen = [ranks[0] for ranks in each_on_ranks(4, _by_hand, cases)]
+    for manual, automatic in (seen[:2], seen[2:]):
+        assert manual.losses == automatic.losses
+        for name, value in automatic.parameters[-1].items():
+            assert torch.equal(manual.parameters[-1][name], value), name
 
 
 class TenLines(LightningModule):
@@ -200,30 +175,49 @@ class TenLines(LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=1e-2)
 
 
+class Signals(Callback):
+    """What SIGTERM does while the module works: Lightning's own handler broadcasts, and waits for a dead group."""
+
+    def __init__(self) -> None:
+        self.found: list[Any] = []
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        self.found.append(signal.getsignal(signal.SIGTERM))
+
+    def on_validation_batch_start(self, *args: Any) -> None:
+        self.found.append(signal.getsignal(signal.SIGTERM))
+
+    def on_test_batch_start(self, *args: Any) -> None:
+        self.found.append(signal.getsignal(signal.SIGTERM))
+
+    def on_predict_batch_start(self, *args: Any) -> None:
+        self.found.append(signal.getsignal(signal.SIGTERM))
+
+
 def _ten_lines(
-    grid: Grid, data: int, batch: int, shard_data: bool = False
+    grid: Grid, data: int = 1, shard_data: bool = False
 ) -> tuple[list[float], dict[str, float], list[Tensor]]:
-    ranks = grid.ranks * data
-    watch = Watch()
+    watch, signals = Watch(), Signals()
     strategy = HelixStrategy(grid, data, precision="64-true", shard_data=shard_data)
-    trainer = make_trainer(strategy, ranks, watch, max_epochs=2)
-    loader = DataLoader(list(fitting.tokens(8)), batch_size=batch)
+    trainer = make_trainer(strategy, grid.ranks * data, watch, signals, max_epochs=2)
+    loader = DataLoader(list(fitting.tokens(8)), batch_size=4 // data)
     module = TenLines()
     trainer.fit(module, loader)
     metrics = trainer.validate(module, loader, verbose=False)[0] | trainer.test(module, loader, verbose=False)[0]
     predictions = trainer.predict(module, loader)
     assert predictions is not None
+    assert signals.found == [signal.SIG_DFL] * 10  # two batches of each, and two epochs of training
     return watch.seen.losses, metrics, predictions
 
 
 # FSDP2 warns of in-place changes to a view that its unit returns, as HelixAttention does of its [B, T, E].
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view tensor:UserWarning")
 def test_a_users_ten_line_module_fits_validates_tests_and_predicts() -> None:
-    losses, metrics, predictions = on_ranks(1, _ten_lines, Grid(1, 1), 1, 4)[0]
+    losses, metrics, predictions = on_ranks(1, _ten_lines, Grid(1, 1))[0]
     assert losses[-1] < losses[0] - 0.1
     assert metrics.keys() == {"val_loss", "test_loss"}
-    for grid, data, shard_data in ((Grid(2, 2), 1, False), (Grid(2, 1), 2, False), (Grid(1, 2), 2, True)):
-        results = on_ranks(4, _ten_lines, grid, data, 4 // data, shard_data)
+    cases = [(Grid(2, 2), 1, False), (Grid(1, 2), 2, True)]
+    for (grid, data, _), results in zip(cases, each_on_ranks(4, _ten_lines, cases), strict=True):
         for rank, (found, found_metrics, found_predictions) in enumerate(results):
             torch.testing.assert_close(found, losses, rtol=1e-10, atol=0)
             torch.testing.assert_close(found_metrics, metrics, rtol=1e-10, atol=0)
@@ -253,20 +247,9 @@ def _logged(grid: Grid, data: int) -> tuple[float, float, list[bool]]:
 
 
 def test_logged_metrics_are_reduced_over_data_and_decisions_over_the_world() -> None:
-    assert on_ranks(4, _logged, Grid(2, 1), 2) == [(0.5, 2.0, [False, True, True, False])] * 4
-    assert on_ranks(4, _logged, Grid(2, 2), 1) == [(0.0, 1.0, [False, True, True, False])] * 4
-
-
-def test_sharding_over_data_changes_nothing_but_memory() -> None:
-    expected = _expected(DENSE)
-    for grid in (Grid(2, 1), Grid(1, 2)):
-        _equal(on_ranks(4, _fit, grid, 2, DENSE, 2, True), expected)
-
-
-def test_experts_are_sharded_over_data() -> None:
-    expected = _expected(MOE)
-    _equal(on_ranks(4, _fit, Grid(2, 1), 2, MOE, 2, True), expected, moe=True)
-    _equal(on_ranks(4, _fit, Grid(2, 1), 2, MOE, 2, True, 1), expected, moe=True)  # two replicas of every expert
+    replicas, one = each_on_ranks(4, _logged, [(Grid(2, 1), 2), (Grid(2, 2), 1)])
+    assert replicas == [(0.5, 2.0, [False, True, True, False])] * 4
+    assert one == [(0.0, 1.0, [False, True, True, False])] * 4
 
 
 def _held(shard_data: bool) -> tuple[dict[str, int], dict[str, tuple[str, ...]]]:
@@ -277,7 +260,8 @@ def _held(shard_data: bool) -> tuple[dict[str, int], dict[str, tuple[str, ...]]]
 
 
 def test_a_rank_holds_its_share_of_every_matrix() -> None:
-    plain, sharded = on_ranks(4, _held, False)[0][0], on_ranks(4, _held, True)
+    whole, sharded = each_on_ranks(4, _held, [(False,), (True,)])
+    plain = whole[0][0]
     for held, axes in sharded:
         for name, count in plain.items():
             replicated = name.endswith("norm.weight") or "gate" in name

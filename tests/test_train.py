@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,17 +13,21 @@ from hydra import compose, initialize_config_dir
 from ranks import on_ranks
 from rich.console import Console
 
+from helix.checkpoint import manifest as files
+from helix.checkpoint.asked import check_resumed_training
+from helix.checkpoint.content import About, Manifest
 from helix.checkpoint.manifest import checkpoints
 from helix.command.compose import prepare, typed
 from helix.config.check import check_values
-from helix.config.schema import ConfigError
-from helix.config.train_schema import OptimizerConfig, TrainConfig, check_enough, check_training
+from helix.config.schema import ConfigError, Misfit
+from helix.config.train_schema import OptimizerConfig, TrainConfig, check_enough
 from helix.partition.grid import PartitionError
-from helix.study.report import Method, Schedules
+from helix.study.report import MethodLabel, Schedules
 from helix.study.text import TrainingText, corpus
 from helix.study.tracking import Tracker
 from helix.training.learner import lr_factor
 from helix.training.report import TrainReport, Validation, render
+from helix.training.resuming import begin
 from helix.training.run import train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,23 +37,25 @@ SMALL = [
     "trainer.validate_every_n_steps=5", "trainer.log_every_n_steps=3", "optimizer.warmup_steps=2", "logger=none",
 ]  # fmt: skip
 MOE = ["model.kind=moe", "model.experts=4", "model.top_k=2"]
+Curve = tuple[list[float], list[tuple[int, float]], int]
 
 
 def configured(*overrides: str) -> TrainConfig:
     prepare(name="train", schema=TrainConfig)
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         one: TrainConfig = typed(compose("train", [*SMALL, *overrides]), ROOT / "conf")
-    check_training(one)
+    check_resumed_training(one)
     return one
 
 
-def _train(one: TrainConfig, run_dir: Path) -> tuple[list[float], list[tuple[int, float]], int]:
-    module, curves, _ = train(one, "cpu", corpus(None, one.data.limit_bytes), Tracker(None, None), run_dir)
-    assert curves.batches == 1 or curves.tokens_per_s > 0  # the first batch is not timed
+def _train(one: TrainConfig, run_dir: Path) -> Curve:
+    trained = train(one, "cpu", corpus(None, one.data.limit_bytes), Tracker(None, None), begin(one, run_dir))
+    module, curves = trained.module, trained.curves
+    assert curves.batches < 2 or curves.tokens_per_s > 0  # the first batch is not timed
     return curves.losses, curves.validations, module.data_position
 
 
-def curve(*overrides: str, run_dir: Path = Path("unused")) -> tuple[list[float], list[tuple[int, float]], int]:
+def curve(*overrides: str, run_dir: Path = Path("unused")) -> Curve:
     """Losses by step, validations and the batches seen, which all ranks agree on."""
     one = configured(*overrides)
     results = on_ranks(one.parallel.ranks, _train, one, run_dir)
@@ -56,6 +63,7 @@ def curve(*overrides: str, run_dir: Path = Path("unused")) -> tuple[list[float],
     return results[0]
 
 
+@pytest.mark.usefixtures("deepspeed")
 @pytest.mark.parametrize("kind", ["dense", "moe"])
 def test_losses_are_the_same_on_every_grid(kind: str) -> None:
     more = MOE if kind == "moe" else []
@@ -63,7 +71,8 @@ def test_losses_are_the_same_on_every_grid(kind: str) -> None:
     assert (len(losses), batches) == (8, 8)
     assert [step for step, _ in validations] == [5, 8]
     assert losses[-1] < losses[0] - 0.1
-    for grid in (["parallel=helix_2x2"], ["parallel=helix_2x1", "parallel.data=2"]):
+    grids = [["parallel=helix_2x2"], ["parallel=helix_2x1", "parallel.data=2"]]
+    for grid in [*grids, *([["parallel=tp2_pp2"]] if kind == "dense" else [])]:
         found, checked, _ = curve(*grid, *more)
         # fp32 sums in another order, amplified by eight steps of Adam.
         np.testing.assert_allclose(found, losses, rtol=0, atol=1e-4)
@@ -88,6 +97,7 @@ def test_accumulated_halves_are_the_whole_batch() -> None:
     assert (half[2], whole[2]) == (16, 8)
 
 
+@pytest.mark.usefixtures("deepspeed")
 def test_clipping_and_the_auxiliary_loss_change_what_is_learnt() -> None:
     free, _, _ = curve("parallel=helix_2x1", "trainer.gradient_clip_val=null", "optimizer=sgd", *MOE)
     clipped, _, _ = curve("parallel=helix_2x1", "trainer.gradient_clip_val=0.01", "optimizer=sgd", *MOE)
@@ -100,17 +110,73 @@ def test_clipping_and_the_auxiliary_loss_change_what_is_learnt() -> None:
     assert unbalanced[-1] != free[-1]
 
 
-def test_a_training_goes_on_where_it_was_saved(tmp_path: Path) -> None:
-    """On the same grid as if it had never stopped; on another one to within the order of sums."""
-    more = ["trainer.save_every_n_steps=4"]
-    whole = curve("parallel=helix_2x1", *more, run_dir=tmp_path / "whole")
-    middle = checkpoints(tmp_path / "whole" / "checkpoints")[0]
+SAVED = ["trainer.save_every_n_steps=4", "trainer.validate_every_n_steps=4"]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Curve, Path]:
+    """A training's `curve`, and its checkpoint of the step in its middle."""
+    folder = tmp_path_factory.mktemp("saved")
+    whole = curve("parallel=helix_2x1", *SAVED, run_dir=folder)
+    return whole, checkpoints(folder / "checkpoints")[0]
+
+
+def _train_otherwise(one: TrainConfig, run_dir: Path) -> tuple[list[float], list[float], dict[str, Any]]:
+    trained = train(one, "cpu", corpus(None, one.data.limit_bytes), Tracker(None, None), begin(one, run_dir))
+    group = trained.module.trainer.optimizers[0].param_groups[-1]
+    return trained.curves.losses, trained.curves.learning_rates, {key: group[key] for key in ("betas", "initial_lr")}
+
+
+def test_a_training_goes_on_where_it_was_saved(saved: tuple[Curve, Path], tmp_path: Path) -> None:
+    """On the same grid as if it had never stopped; on another one to within the order of sums.
+
+    With another learning rate, another end and another precision, by what is configured then.
+    """
+    whole, middle = saved
     assert middle.name.endswith("step-4")
-    assert curve("parallel=helix_2x1", *more, f"ckpt={middle}", run_dir=tmp_path / "same") == whole
-    losses, _, batches = curve("parallel=single", *more, f"ckpt={middle}", run_dir=tmp_path / "other")
+    assert curve("parallel=helix_2x1", *SAVED, f"ckpt={middle}", run_dir=tmp_path / "same") == whole
+    same = configured("parallel=single", *SAVED, f"ckpt={middle}")
+    changed = ["precision=64-true", "optimizer.lr=0.01", "optimizer.beta1=0.8", "trainer.max_steps=6"]
+    other = configured("parallel=single", *SAVED, f"ckpt={middle}", *changed)
+    (((losses, _, batches), (others, rates, options)),) = on_ranks(
+        1, lambda: (_train(same, tmp_path / "single"), _train_otherwise(other, tmp_path / "other"))
+    )
     assert losses[:4] == whole[0][:4]
     np.testing.assert_allclose(losses, whole[0], rtol=0, atol=1e-4)
     assert batches == 8
+    assert rates[4:] == [0.01 * lr_factor(step, 6, other.optimizer) for step in (4, 5)]
+    assert options == {"betas": (0.8, 0.95), "initial_lr": 0.01}
+    assert others[4] == pytest.approx(losses[4], abs=1e-4)  # before the first other step
+    assert len(others) == 6
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["data.batch_size=2", "trainer.accumulate_grad_batches=2"],
+         "was trained with data.batch_size=4 trainer.accumulate_grad_batches=1, and a step would see other tokens "
+         "here; set data.batch_size=4 trainer.accumulate_grad_batches=1"),
+        (["seed=1"], "set seed=0"),
+        (["data.path=tests"], "set data.path=null"),
+        (["optimizer=sgd"], "has the state of adamw, and optimizer.name=sgd here; set optimizer=adamw"),
+        (["trainer.max_steps=4"], "has 4 steps behind it, and trainer.max_steps=4 counts these; set a larger"),
+        (["parallel=single", "parallel.aggregate=concat"], "set parallel.aggregate=project"),
+    ],
+)  # fmt: skip
+def test_what_the_training_was_not_is_refused(overrides: list[str], said: str, saved: tuple[Curve, Path]) -> None:
+    with pytest.raises(Misfit, match=re.escape(said)):
+        configured(*SAVED, f"ckpt={saved[1]}", *overrides)
+
+
+def test_what_is_no_training_or_has_no_time_left_is_refused(tmp_path: Path) -> None:
+    files.write(Manifest({}, {}, About()), tmp_path)
+    with pytest.raises(Misfit, match="holds weights alone, and no training to go on from; give"):
+        configured(f"ckpt={tmp_path}")
+    extra = {"loops": {}, "callbacks": {"Timer": {"time_elapsed": {"train": 90.4}}}}
+    files.write(Manifest({}, {}, About(2, extra, [{"type": "AdamW", "groups": []}])), tmp_path)
+    configured(f"ckpt={tmp_path}", "trainer.max_time=00:00:01:31")
+    with pytest.raises(Misfit, match=r"has 90 s of training behind it, and trainer\.max_time=00:00:01:30 counts"):
+        configured(f"ckpt={tmp_path}", "trainer.max_time=00:00:01:30")
 
 
 def test_time_ends_a_training_with_a_validation() -> None:
@@ -147,7 +213,6 @@ def test_the_learning_rate_rises_and_falls() -> None:
         ("data.held_out_every=1", "data.held_out_every must be at least 2, not 1"),
         ("data.path=/nowhere", "data.path=/nowhere does not exist; data.path takes"),
         ("parallel.data=3", "parallel.data=3 does not divide data.batch_size=4; legal parallel.data: [1, 2, 4]"),
-        ("parallel=tp16", "parallel.method=tensor is measured by infer.py and does not train; choose one of: helix"),
         ("parallel.stage=2", "parallel.method=helix has no pipeline stages, so parallel.stage must be 1"),
         ("parallel.n=3", "n=3 does not divide heads=4"),
         ("model.experts=4", "model.kind=dense has no experts"),
@@ -173,7 +238,7 @@ def test_a_text_too_short_to_hold_out_a_batch_is_refused(tmp_path: Path) -> None
 
 def test_the_table_fits_80_columns() -> None:
     report = TrainReport(
-        method=Method("helix_2x2", 2, 2, Schedules("heads"), data=2), world_size=8, started_at="now", steps=4,
+        method=MethodLabel("helix_2x2", 2, 2, Schedules("heads"), data=2), world_size=8, started_at="now", steps=4,
         losses=[3.0, 2.0, 2.0, 1.0], validations=[Validation(2, 3.5), Validation(4, 3.0)], validation_bpb=3.0,
         unigram_entropy_bpb=4.75, text="a text", text_bytes=10**6, tokens_per_s=1e4, wall_s=10, parameters=10**6,
         model={"name": "tiny"}, data={"batch_size": 8, "seq_len": 16}, optimizer={},

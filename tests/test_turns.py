@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from helix.comm.record import Span
 from helix.study.measure import Measured, Recorded
-from helix.study.report import Method, Schedules
+from helix.study.report import MethodLabel, Schedules
 from helix.study.results import RankResult, measurement, rival, step_seconds
 from helix.study.trial import Trial
 from helix.study.turns import Kind, take_turns
@@ -61,7 +61,7 @@ def test_without_a_common_clock_a_step_is_its_slowest_ranks() -> None:
 def test_a_recorded_step_is_split_and_its_parts_add_up() -> None:
     meeting = [Span("all_gather/x", (0, 1), start, 0.8, start) for start in (0.2, 0.6)]
     ranks = [rank([(0.0, 1.0)], [(0.0, 1.1)], spans=[span]) for span in meeting]
-    found = measurement(Method("m", 1, 2, Schedules(None)), ranks, tokens=1000)
+    found = measurement(MethodLabel("m", 1, 2, Schedules(None)), ranks, tokens=1000)
     parts = [found.comm_ms_per_token, found.wait_ms_per_token, found.compute_ms_per_token]
     means = [part.mean for part in parts if part is not None]
     assert means == pytest.approx([0.2, 0.2, 0.6])  # us a token: 200 ms, (400 + 0) / 2 ms, (400 + 800) / 2 ms
@@ -75,7 +75,7 @@ def test_the_bubble_is_what_a_stage_waits_for_the_first_and_after_the_last_micro
     first = RankResult("one", trial, Measured([[(0.0, 0.5)]] * 2, [Recorded(0.0, 0.5, [])] * 2))
     wait = Span("recv/stage", (0, 1), 0.0, 0.25, 0.0)
     last = RankResult("one", trial, Measured([[(0.0, 0.75)]] * 2, [Recorded(0.0, 0.75, [wait])] * 2))
-    found = measurement(Method("pp", 1, 1, Schedules(None), stage=2), [first, last], 10)
+    found = measurement(MethodLabel("pp", 1, 1, Schedules(None), stage=2), [first, last], 10)
     assert found.bubble is not None
     assert found.bubble.measured == pytest.approx(1 / 3)
     assert found.bubble.predicted == 0.2
@@ -83,7 +83,7 @@ def test_the_bubble_is_what_a_stage_waits_for_the_first_and_after_the_last_micro
 
 def test_the_ratio_is_the_baselines_time_over_the_main_methods() -> None:
     slow, fast = ([rank(*([(0.0, step)] for step in steps))] for steps in ((2.0, 2.2, 2.1), (1.0, 1.1, 1.05)))
-    method = Method("m", 1, 1, Schedules(None))
+    method = MethodLabel("m", 1, 1, Schedules(None))
     main, other = measurement(method, fast, 10), measurement(method, slow, 10)
     assert rival(other, main).paired.ratio == pytest.approx(2)
     assert np.isclose(main.tokens_per_s.runs[0], 10)

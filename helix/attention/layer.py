@@ -23,8 +23,9 @@ from helix.comm.parameters import empty_parameter, fill, fill_normal, local
 from helix.comm.record import phase
 from helix.comm.stream import Replicated, Stream
 from helix.partition.cost import cheapest_schedule
-from helix.partition.grid import Grid, HeadLayout, PartitionError
+from helix.partition.grid import Grid, HeadLayout
 from helix.partition.schedules import check_schedule
+from helix.partition.shape import check_ends
 
 
 class HelixAttention(nn.Module):
@@ -51,6 +52,8 @@ class HelixAttention(nn.Module):
         projection: "column", W^(i,j) in R^(E x d_s h_g), or "block", the papers' literal
             W^(i,j) in R^(d_s h_g x d_s h_g): block-diagonal, so that the function depends on the grid.
         stream: the residual stream's layout; default replicated.
+        initialize: fill the weights, by a seed drawn from torch's generator. False leaves them as memory has them,
+            for `init_weights` or a checkpoint.
 
     Raises:
         PartitionError: if the grid does not divide the heads or the ends do not fit the width.
@@ -73,21 +76,21 @@ class HelixAttention(nn.Module):
         projection: str = "column",
         stream: Stream | None = None,
         dtype: torch.dtype | None = None,
+        initialize: bool = True,
     ) -> None:
         super().__init__()
         self.layout = HeadLayout(heads, kv_heads or heads, head_dim or width // heads, rope)
         self.grid = mesh.grid if mesh else Grid(1, 1)
         self.grid.check(heads, self.layout.kv_heads, self.layout.head_dim, rope)
-        if (aggregate == "concat" or projection == "block") and heads * self.layout.head_dim != width:
-            raise PartitionError(
-                f"aggregate=concat and projection=block need heads * head_dim = width, "
-                f"not {heads} * {self.layout.head_dim} != {width}"
-            )
+        check_ends(self.layout, width, aggregate, projection)
         self.schedule, self.causal, self.projection = schedule, causal, projection
         self.aggregate, self.concat = aggregate, concat
         self.slices, self.groups = (mesh.slice, mesh.head) if mesh else (SINGLE, SINGLE)
         self.stream = stream or Replicated(mesh.model if mesh else SINGLE)
         self._add_parameters(width, qk_norm, mesh, dtype)
+        if initialize:
+            # Ranks that drew other seeds would hold slices of other weights, which are as random.
+            self.init_weights(int(torch.randint(2**31, ())))
 
     def _add_parameters(self, width: int, qk_norm: bool, mesh: Mesh | None, dtype: torch.dtype | None) -> None:
         layout, weights = self.layout, mesh.weights if mesh else None
@@ -163,7 +166,7 @@ class HelixAttention(nn.Module):
             norms = torch.cat(
                 [local(w).flatten().expand(count, -1) for w, count in ((self.q_norm, heads), (self.k_norm, kv_heads))]
             )
-            qk = self._rms_norm(qk, exact) * norms
+            qk = self._rms_norm(qk, exact) * norms.to(qk.dtype)  # under autocast weights are wider than activations
         if self.layout.rope:
             qk = rotate_slice(qk, self.slices.rank, self.slices.size)
         return torch.cat([qk, v], dim=2)

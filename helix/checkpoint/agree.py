@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-from helix.checkpoint.manifest import CheckpointError
+from helix.checkpoint.content import CheckpointError
 
 T = TypeVar("T")
 
@@ -19,12 +19,12 @@ def rank() -> int:
 
 
 def from_rank_0(fn: Callable[[], T]) -> T:
-    """What `fn` returns on rank 0, on every rank; an OSError of it as one sentence, on every rank."""
+    """What `fn` returns on rank 0, on every rank; what it cannot read or write as one sentence, on every rank."""
     answer: list[Any] = [None, None]
     if rank() == 0:
         try:
             answer[0] = fn()
-        except OSError as error:
+        except (OSError, CheckpointError) as error:
             answer[1] = sentence(error)
     if dist.is_initialized():
         dist.broadcast_object_list(answer)
@@ -49,6 +49,13 @@ def together(fn: Callable[[], T]) -> T:
         if each is not None:
             raise CheckpointError(each) from cause
     return result  # type: ignore[return-value]
+
+
+def joined(lists: list[list[str]]) -> list[list[str]]:
+    """Each list with what it has on other ranks, once, the first rank's first."""
+    everyones: list[list[list[str]]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyones, lists)
+    return [list(dict.fromkeys(name for own in owns for name in own)) for owns in zip(*everyones, strict=True)]
 
 
 def told(fn: Callable[[], T], checkpoint: Path) -> T:

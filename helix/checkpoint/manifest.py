@@ -1,4 +1,4 @@
-"""What a checkpoint says about itself, and which checkpoints of a folder are whole. Knows no torch.
+"""A checkpoint's manifest on the disk, and which checkpoints of a folder are whole. Knows no torch.
 
     folder/
       00007-step-350/             a checkpoint: the 7th of this folder, after 350 optimizer steps
@@ -24,87 +24,24 @@ import re
 import shutil
 import warnings
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
-from math import prod
 from pathlib import Path
 from typing import Any
 
+from helix.checkpoint.content import CheckpointError, Manifest, parse
+
 FILE = "manifest.json"
-FORMAT = "helix-checkpoint-1"
+FORMAT = "helix-checkpoint-2"
 _NAME = re.compile(r"(\d{5,})-step-(\d+)")
-_OWN_NAME = re.compile(r"[\w-]+\.safetensors")
-_ITEMS = "__items__"  # a dict whose keys are not strings, as a list of pairs
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be written, or must not be loaded. One sentence."""
 
 
 class CheckpointWarning(UserWarning):
     """A checkpoint that was passed over, by name, for the one before it."""
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """A box of a whole tensor, and the file that it lies in under `key`."""
-
-    file: str
-    offset: tuple[int, ...]
-    shape: tuple[int, ...]
-
-    def key(self, name: str) -> str:
-        return f"{name}@{','.join(map(str, self.offset))}"
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A whole tensor: its dtype by torch's name, its shape, and the chunks that make it up."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    chunks: tuple[Chunk, ...]
-
-
-@dataclass(frozen=True)
-class Sum:
-    """What a file has to be."""
-
-    sha256: str
-    nbytes: int
-
-
-@dataclass(frozen=True)
-class About:
-    """What a checkpoint holds besides tensors; plain values, see `plain`.
-
-    Args:
-        step: optimizer steps behind it.
-        extra: whoever saved it puts its own plain values here.
-        optimizers: for each optimizer its type, and its groups' options and the names of their parameters.
-    """
-
-    step: int = 0
-    extra: dict[str, Any] = field(default_factory=dict)
-    optimizers: list[dict[str, Any]] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Manifest:
-    tensors: dict[str, Entry]
-    files: dict[str, Sum]
-    about: About
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all files but the manifest."""
-        return sum(each.nbytes for each in self.files.values())
-
-
 def write(manifest: Manifest, folder: Path) -> None:
     """Write the manifest, on the disk when this returns."""
-    body = {"format": FORMAT, **asdict(manifest)}
     with (folder / FILE).open("w") as file:
-        json.dump({"sha256": _digest(body), **body}, file)
+        file.write(seal({"format": FORMAT, **manifest.plain()}))
         file.flush()
         os.fsync(file.fileno())
     sync(folder)
@@ -121,18 +58,18 @@ def read(checkpoint: Path) -> Manifest:
     if not (checkpoint / FILE).is_file():
         raise CheckpointError(f"{checkpoint} is not a whole checkpoint: it has no {FILE}, which is written last")
     try:
-        body = json.loads((checkpoint / FILE).read_text())
-        written = body.pop("sha256")
+        text = (checkpoint / FILE).read_text()
+        body = json.loads(text)
         if body["format"] != FORMAT:
             raise CheckpointError(
                 f"{checkpoint / FILE} is of format {body['format']!r}, and this Helix reads {FORMAT}"
             )
-        if _digest(body) != written:
+        if text != _sealed(text.partition(",")[2]):
             raise ValueError("its checksum is another")
-        return _parse(body)
+        return parse(body)
     except CheckpointError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{checkpoint / FILE} is not what was written ({error}), so this checkpoint is not loaded"
         ) from None
@@ -246,53 +183,10 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def plain(value: Any, where: str) -> Any:
-    """`value` as JSON can hold it; tuples become lists.
-
-    Raises:
-        CheckpointError: naming the place of what is no number, string, list or dict.
-    """
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, list | tuple):
-        return [plain(each, f"{where}[{index}]") for index, each in enumerate(value)]
-    if isinstance(value, dict):
-        if all(isinstance(key, str) for key in value):
-            return {key: plain(each, f"{where}.{key}") for key, each in value.items()}
-        return {_ITEMS: [[plain(key, where), plain(each, f"{where}.{key}")] for key, each in value.items()]}
-    raise CheckpointError(
-        f"{where} is a {type(value).__name__}, and a checkpoint takes only numbers, strings, lists, dicts and None"
-    )
+def seal(body: dict[str, Any]) -> str:
+    """A manifest's text: JSON whose first member is the checksum of all that follows it."""
+    return _sealed(json.dumps(body, separators=(",", ":"))[1:])
 
 
-def unplain(value: Any) -> Any:
-    """What `plain` was given, but for tuples."""
-    if isinstance(value, list):
-        return [unplain(each) for each in value]
-    if isinstance(value, dict):
-        if set(value) == {_ITEMS}:
-            return {key: unplain(each) for key, each in value[_ITEMS]}
-        return {key: unplain(each) for key, each in value.items()}
-    return value
-
-
-def _digest(body: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def _parse(body: dict[str, Any]) -> Manifest:
-    # Its checksum may be a stranger's: whatever is not as a manifest's raises ValueError, KeyError or TypeError.
-    files = {name: Sum(str(each["sha256"]), int(each["nbytes"])) for name, each in body["files"].items()}
-    for name in files:
-        if not _OWN_NAME.fullmatch(name):
-            raise ValueError(f"{name!r} is no name of a file in it")
-    tensors = {}
-    for name, each in body["tensors"].items():
-        chunks = tuple(Chunk(c["file"], tuple(c["offset"]), tuple(c["shape"])) for c in each["chunks"])
-        entry = Entry(each["dtype"], tuple(each["shape"]), chunks)
-        if any(chunk.file not in files for chunk in chunks):
-            raise ValueError(f"{name} lies in a file that is not listed")
-        if sum(prod(chunk.shape) for chunk in chunks) != prod(entry.shape):
-            raise ValueError(f"the pieces of {name} do not make it up")
-        tensors[name] = entry
-    return Manifest(tensors, files, About(**unplain(body["about"])))
+def _sealed(rest: str) -> str:
+    return f'{{"sha256":"{hashlib.sha256(rest.encode()).hexdigest()}",{rest}'

@@ -1,21 +1,27 @@
-"""Whether a checkpoint fits a module and its optimizers, and where each of its tensors goes."""
+"""Which checkpoint is meant, whether it fits a module and its optimizers, and where each of its tensors goes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from helix.checkpoint.manifest import CheckpointError, Manifest
-from helix.checkpoint.storage import dtype_of
-from helix.checkpoint.whole import STATE, Whole, names
+from helix.checkpoint import manifest as files
+from helix.checkpoint.agree import from_rank_0, rank, together
+from helix.checkpoint.content import CheckpointError, Manifest
+from helix.checkpoint.storage import DTYPES, read_alone
+from helix.checkpoint.trained import Trained, check_same, trained
+from helix.checkpoint.whole import STATE, Whole, elsewhere, names, trained_in, wholes
 
 
-def prefix(found: dict[str, Whole], manifest: Manifest, path: Path) -> str:
+def prefix_of(found: dict[str, Whole], manifest: Manifest, path: Path) -> str:
     """Under which prefix the checkpoint has the module's names: "", or "model." if the module is that part of it.
 
     Raises:
@@ -32,10 +38,30 @@ def prefix(found: dict[str, Whole], manifest: Manifest, path: Path) -> str:
     return fitting[0] if fitting else ""
 
 
+def check_models(here: dict[str, Trained], prefix: str, manifest: Manifest, path: Path) -> None:
+    """Check that the module's transformers are those that were trained, where the checkpoint tells of them.
+
+    Raises:
+        CheckpointError: with what differs.
+    """
+    there = trained(manifest.about)
+    for name, own in here.items():
+        if (saved := there.get((prefix + name).removesuffix("."))) is not None:
+            check_same(saved, own, path)
+
+
 def check(
-    found: dict[str, Whole], prefix: str, manifest: Manifest, path: Path, optimizers: Sequence[Optimizer]
+    found: dict[str, Whole],
+    prefix: str,
+    manifest: Manifest,
+    path: Path,
+    optimizers: Sequence[Optimizer],
+    elsewhere: tuple[str, ...] = (),
 ) -> None:
     """Check names and shapes, and the optimizers' types and groups.
+
+    Args:
+        elsewhere: how the names begin of what other ranks have of the module.
 
     Raises:
         CheckpointError: naming the first that differs, and both sides.
@@ -50,17 +76,23 @@ def check(
             )
     if not prefix:
         for name in manifest.tensors:
-            if not name.startswith(STATE) and name not in found:
+            if name not in found and not name.startswith((STATE, *elsewhere)):
                 raise CheckpointError(f"{name} of the checkpoint {path} is not in the model")
     saved = manifest.about.optimizers
     if optimizers and len(saved) != len(optimizers):
         raise CheckpointError(f"the checkpoint {path} has {len(saved)} optimizers' state, not {len(optimizers)}'s")
     for index, (optimizer, own) in enumerate(zip(optimizers, saved, strict=False)):
-        _check_optimizer(f"optimizer {index} of the checkpoint {path}", optimizer, own, found, prefix)
+        which = f"optimizer {index} of the checkpoint {path}"
+        _check_optimizer(which, optimizer, own, found, prefix, tuple(prefix + each for each in elsewhere))
 
 
 def _check_optimizer(
-    which: str, optimizer: Optimizer, own: dict[str, Any], found: dict[str, Whole], prefix: str
+    which: str,
+    optimizer: Optimizer,
+    own: dict[str, Any],
+    found: dict[str, Whole],
+    prefix: str,
+    elsewhere: tuple[str, ...],
 ) -> None:
     if own["type"] != type(optimizer).__name__:
         raise CheckpointError(f"{which} is {own['type']}, not {type(optimizer).__name__}")
@@ -68,7 +100,7 @@ def _check_optimizer(
         raise CheckpointError(f"{which} has {len(own['groups'])} parameter groups, not {len(optimizer.param_groups)}")
     for number, (group, there) in enumerate(zip(optimizer.param_groups, own["groups"], strict=True)):
         here = {prefix + name for name in names(found, group["params"])}
-        if differing := sorted(here ^ set(there["params"])):
+        if differing := sorted(here ^ {name for name in there["params"] if not name.startswith(elsewhere)}):
             raise CheckpointError(
                 f"{which} has other parameters in group {number}: {differing[0]} is in one of the two only"
             )
@@ -111,9 +143,12 @@ class Target:
         self, name: str, key: str, whole: Whole, manifest: Manifest, optimizer: Optimizer, group: dict[str, Any]
     ) -> None:
         entry = manifest.tensors[name]
-        dtype = dtype_of(entry, name)
+        dtype = DTYPES[entry.dtype]
         if entry.shape == whole.shape:
-            made = [torch.zeros_like(part, dtype=dtype, requires_grad=False) for part in whole.parts]
+            # As an optimizer makes it, whose kernels take no other dtype than the parameter's: the precision may be
+            # another than the saved one's.
+            own = None if dtype.is_floating_point else dtype
+            made = [torch.zeros_like(part, dtype=own, requires_grad=False) for part in whole.parts]
             self._add(name, whole, tuple(made))
         elif entry.shape == ():
             # As torch's own optimizers keep it: with the parameter where a kernel reads it, else on the CPU.
@@ -149,3 +184,75 @@ def _set_option(group: dict[str, Any], key: str, value: Any) -> None:
         now.fill_(value)
     else:
         group[key] = tuple(value) if isinstance(now, tuple) else value
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A checkpoint whose files have been checked, to be read by each process for itself."""
+
+    path: Path
+    manifest: Manifest
+
+    def fill(self, module: nn.Module, optimizers: Sequence[Optimizer] = ()) -> None:
+        """Load it into a module and its optimizers; see `restore`. Moves nothing between ranks.
+
+        Raises:
+            CheckpointError: if it does not fit the module or the optimizers, or cannot be read any more.
+        """
+        found = wholes(module)
+        prefix = prefix_of(found, self.manifest, self.path)
+        check_models(trained_in(module), prefix, self.manifest, self.path)
+        check(found, prefix, self.manifest, self.path, optimizers, elsewhere(module))
+        target = Target(found, prefix, self.manifest, optimizers)
+        read_alone(self.path, self.manifest, target.tensors)
+        target.finish()
+
+
+def open_checked(checkpoint: Path | str) -> Opened:
+    """A checkpoint that this run has verified already, or chosen by `latest`: its files are not read again here.
+
+    Raises:
+        CheckpointError: if there is none, or its manifest is not as it was written.
+    """
+    return Opened(Path(checkpoint), files.read(Path(checkpoint)))
+
+
+def choose(checkpoint: Path) -> Opened:
+    """The checkpoint that is meant, its files checked by all ranks together.
+
+    Args:
+        checkpoint: one, or a folder of them: its newest whole one. Of newer ones rank 0 warns (CheckpointWarning).
+
+    Raises:
+        CheckpointError: on every rank, if there is no whole one.
+    """
+    candidates, one = from_rank_0(lambda: _candidates(checkpoint))
+    refused: list[str] = []
+    for path in candidates:
+        try:
+            # Parsed once: on 16 ranks of 2 cores that was half of a load's time.
+            manifest = from_rank_0(partial(files.read, path))
+            together(partial(_check_share, path, manifest))
+        except CheckpointError as error:
+            refused.append(str(error))
+            continue
+        if rank() == 0:
+            files.warn_refused(refused, path)
+        return Opened(path, manifest)
+    if one:
+        raise CheckpointError(refused[0])
+    raise CheckpointError(
+        files.none_whole(checkpoint, refused) if refused else f"{checkpoint} is no checkpoint, and holds none"
+    )
+
+
+def _candidates(checkpoint: Path) -> tuple[list[Path], bool]:
+    """The newest first; and whether it is the one that was asked for."""
+    inside = files.checkpoints(checkpoint)
+    return (list(reversed(inside)), False) if inside or not checkpoint.exists() else ([checkpoint], True)
+
+
+def _check_share(path: Path, manifest: Manifest) -> None:
+    """Check this rank's share of the files."""
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    files.check_files(path, manifest, sorted(manifest.files)[rank() :: ranks])

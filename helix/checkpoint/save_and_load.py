@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +25,13 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.optim import Optimizer
 
 from helix.checkpoint import manifest as files
-from helix.checkpoint import restoring
-from helix.checkpoint.agree import from_rank_0, rank, together, told
-from helix.checkpoint.manifest import About, CheckpointError, CheckpointWarning, Manifest, latest, verify
+from helix.checkpoint.agree import from_rank_0, joined, rank, together, told
+from helix.checkpoint.content import About, CheckpointError, plain
+from helix.checkpoint.manifest import CheckpointWarning, latest, verify
 from helix.checkpoint.portable import export, import_
-from helix.checkpoint.storage import SafetensorsWriter, alone, read_alone
-from helix.checkpoint.whole import groups, state_tensors, wholes
+from helix.checkpoint.restoring import choose
+from helix.checkpoint.storage import SafetensorsWriter, alone, nested
+from helix.checkpoint.whole import elsewhere, groups, state_tensors, trained_in, wholes
 
 __all__ = [
     "BackgroundSaver",
@@ -120,7 +120,7 @@ class BackgroundSaver:
 
     def __init__(self) -> None:
         self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
-        self._pending: tuple[Future[Metadata], SafetensorsWriter, float, float, list[float]] | None = None
+        self._under_way: Callable[[], Saved] | None = None
 
     def save(
         self,
@@ -140,18 +140,24 @@ class BackgroundSaver:
         done = self.wait()
         began = time.perf_counter()
         state, writer = _prepare(folder, module, optimizers, extra, keep, step)
-        ended: list[float] = []
         if self._group is None:
             # Nothing to save while: DCP would warn, in its thread, that there is one process.
             future: Future[Metadata] = Future()
             future.set_result(_finish(lambda: _save(state, writer), writer))
         else:
-            answer = dcp.async_save(state, storage_writer=writer, process_group=self._group)
+            answer = dcp.async_save(nested(state), storage_writer=writer, process_group=self._group)
             assert isinstance(answer, Future)
             future = answer
-        held = time.perf_counter() - began
-        future.add_done_callback(lambda _: ended.append(time.perf_counter()))
-        self._pending = (future, writer, began, held, ended)
+        held, ended = time.perf_counter() - began, Future[float]()
+        future.add_done_callback(lambda _: ended.set_result(time.perf_counter()))
+
+        def finish() -> Saved:
+            waited = time.perf_counter()
+            metadata = _finish(future.result, writer)
+            seconds = ended.result() - began
+            return Saved(writer.checkpoint, _nbytes(metadata), seconds, held + time.perf_counter() - waited)
+
+        self._under_way = finish
         return done
 
     def wait(self) -> Saved | None:
@@ -160,13 +166,8 @@ class BackgroundSaver:
         Raises:
             CheckpointError: if it failed.
         """
-        if self._pending is None:
-            return None
-        (future, writer, began, held, ended), self._pending = self._pending, None
-        waited = time.perf_counter()
-        metadata = _finish(future.result, writer)
-        now = time.perf_counter()
-        return Saved(writer.checkpoint, _nbytes(metadata), (ended or [now])[0] - began, held + now - waited)
+        finish, self._under_way = self._under_way, None
+        return finish() if finish is not None else None
 
 
 def load(checkpoint: Path | str, module: nn.Module, optimizers: Sequence[Optimizer] = ()) -> dict[str, Any]:
@@ -179,7 +180,7 @@ def restore(checkpoint: Path | str, module: nn.Module, optimizers: Sequence[Opti
 
     Every file is checked first, each by one rank. A module may be a part of the one that was saved, such as the
     model of a LightningModule: names are then found under the prefix that fits all of them. Parameters keep their
-    own dtype.
+    own dtype. A `Transformer` that would make another function of the weights is refused; see `trained`.
 
     Args:
         checkpoint: one checkpoint, or a folder of them: its newest whole one. Of each newer one that is not whole,
@@ -190,15 +191,10 @@ def restore(checkpoint: Path | str, module: nn.Module, optimizers: Sequence[Opti
         CheckpointError: on every rank, if there is no whole one, or it does not fit the module or the optimizers.
     """
     began = time.perf_counter()
-    path, manifest = _choose(Path(checkpoint))
-    found = wholes(module)
-    prefix = restoring.prefix(found, manifest, path)
-    restoring.check(found, prefix, manifest, path, optimizers)
-    target = restoring.Target(found, prefix, manifest, optimizers)
-    together(lambda: read_alone(path, manifest, target.tensors))
-    target.finish()
-    seconds = time.perf_counter() - began
-    return Loaded(path, manifest.about.step, manifest.about.extra, manifest.nbytes, seconds)
+    opened = choose(Path(checkpoint))
+    together(lambda: opened.fill(module, optimizers))
+    about, seconds = opened.manifest.about, time.perf_counter() - began
+    return Loaded(opened.path, about.step, about.extra, opened.manifest.nbytes, seconds)
 
 
 def _prepare(
@@ -214,20 +210,25 @@ def _prepare(
         raise CheckpointError(f"keep={keep} would remove the checkpoint that is being saved; keep at least 1, or None")
     found = wholes(module)
     state = {name: whole.gather(whole.parts) for name, whole in found.items()}
-    about = About(step, files.plain(extra or {}, "extra"), [])
+    models = {name: each.plain() for name, each in trained_in(module).items()}
+    about = About(step, plain(extra or {}, "extra"), models=models)
     for index, optimizer in enumerate(optimizers):
         state |= state_tensors(found, optimizer)
-        own = {"type": type(optimizer).__name__, "groups": groups(found, optimizer)}
-        about.optimizers.append(files.plain(own, f"optimizers[{index}]"))
+        listed = groups(found, optimizer)
+        if elsewhere(module):
+            everyones = joined([group["params"] for group in listed])
+            listed = [group | {"params": names} for group, names in zip(listed, everyones, strict=True)]
+        own = {"type": type(optimizer).__name__, "groups": listed}
+        about.optimizers.append(plain(own, f"optimizers[{index}]"))
     path = from_rank_0(lambda: files.next_path(Path(folder), step))
     return state, SafetensorsWriter(path, about, keep)
 
 
 def _save(state: dict[str, Tensor], writer: SafetensorsWriter) -> Metadata:
     if dist.is_initialized():
-        return dcp.save(state, storage_writer=writer)
+        return dcp.save(nested(state), storage_writer=writer)
     with alone():
-        return dcp.save(state, storage_writer=writer, no_dist=True)
+        return dcp.save(nested(state), storage_writer=writer, no_dist=True)
 
 
 def _finish(fn: Callable[[], Metadata], writer: SafetensorsWriter) -> Metadata:
@@ -238,40 +239,6 @@ def _finish(fn: Callable[[], Metadata], writer: SafetensorsWriter) -> Metadata:
         if rank() == 0:  # every rank has stopped writing: DCP gathers their failures
             shutil.rmtree(writer.draft, ignore_errors=True)
         raise
-
-
-def _choose(checkpoint: Path) -> tuple[Path, Manifest]:
-    """The checkpoint that is meant, its files checked by all ranks together."""
-    candidates, one = from_rank_0(lambda: _candidates(checkpoint))
-    refused: list[str] = []
-    for path in candidates:
-        try:
-            manifest = together(partial(_check_share, path))
-        except CheckpointError as error:
-            refused.append(str(error))
-            continue
-        if rank() == 0:
-            files.warn_refused(refused, path)
-        return path, manifest
-    if one:
-        raise CheckpointError(refused[0])
-    raise CheckpointError(
-        files.none_whole(checkpoint, refused) if refused else f"{checkpoint} is no checkpoint, and holds none"
-    )
-
-
-def _candidates(checkpoint: Path) -> tuple[list[Path], bool]:
-    """The newest first; and whether it is the one that was asked for."""
-    inside = files.checkpoints(checkpoint)
-    return (list(reversed(inside)), False) if inside or not checkpoint.exists() else ([checkpoint], True)
-
-
-def _check_share(path: Path) -> Manifest:
-    """Check the manifest and this rank's share of the files."""
-    manifest = files.read(path)
-    ranks = dist.get_world_size() if dist.is_initialized() else 1
-    files.check_files(path, manifest, sorted(manifest.files)[rank() :: ranks])
-    return manifest
 
 
 def _nbytes(metadata: Metadata) -> int:

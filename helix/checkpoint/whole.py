@@ -14,6 +14,7 @@ parameter's shape is cut as the parameter is; a single value, such as AdamW's `s
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,9 +25,13 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from helix.checkpoint.manifest import CheckpointError
+from helix.checkpoint.content import CheckpointError
+from helix.checkpoint.trained import Trained
 from helix.models.experts import Expert, Experts
 from helix.models.plain import PlainAttention, PlainExperts, PlainMLP, PlainTransformer
+from helix.models.reference import Reference
+from helix.models.transformer import Transformer
+from helix.partition.function import function_of
 
 STATE = "optimizer/"
 # Torch's and its wrappers' own parts of a parameter's name.
@@ -83,6 +88,8 @@ def wholes(module: nn.Module) -> dict[str, Whole]:
             special = _experts(child, _clean(prefix))
         elif isinstance(child, PlainTransformer):
             special = _plain(child, _clean(prefix))
+        elif isinstance(child, Reference):
+            special = _reference(child, _clean(prefix))
         for each in special:
             found[each.name] = each
             taken.update(map(id, each.parts))
@@ -92,6 +99,28 @@ def wholes(module: nn.Module) -> dict[str, Whole]:
             assert clean not in found
             found[clean] = Whole(clean, (tensor,), tuple(tensor.shape), _same)
     return found
+
+
+def trained_in(module: nn.Module) -> dict[str, Trained]:
+    """The transformers that a module has, or is, by name. A `Reference` computes what it is told to, so it is none."""
+    found = {}
+    for prefix, child in module.named_modules():
+        if isinstance(child, Transformer):
+            found[_clean(prefix)] = Trained(child.shape, function_of(child.options, child.mesh.grid))
+        elif isinstance(child, PlainTransformer):
+            found[_clean(prefix)] = Trained(child.shape)
+    return found
+
+
+def elsewhere(module: nn.Module) -> tuple[str, ...]:
+    """How the names begin of what other stages of a module's pipeline have; none if it has no stages."""
+    found = []
+    for prefix, child in module.named_modules():
+        if isinstance(child, PlainTransformer):
+            names = [name for name in ("embedding", "norm", "head") if getattr(child, name) is None]
+            names += [f"blocks.{i}" for i in range(child.shape.layers) if str(i) not in child.blocks]
+            found += [f"{_join(_clean(prefix), name)}." for name in names]
+    return tuple(found)
 
 
 def state_tensors(wholes: dict[str, Whole], optimizer: Optimizer) -> dict[str, Tensor]:
@@ -163,10 +192,6 @@ def _experts(module: Experts, prefix: str) -> Iterator[Whole]:
 
 
 def _plain(module: PlainTransformer, prefix: str) -> Iterator[Whole]:
-    if module.embedding is None or module.norm is None:
-        raise CheckpointError(
-            "a pipeline's stage numbers its own layers from 0, so its weights have no names of the whole"
-        )
     shape = module.shape
     parts, run = shape.layout.parts, shape.head_dim // shape.layout.parts
     heads, kv_heads = (shape.heads, parts, run), (shape.kv_heads, parts, run)
@@ -187,6 +212,17 @@ def _plain(module: PlainTransformer, prefix: str) -> Iterator[Whole]:
         elif isinstance(child, PlainMLP) and path.endswith("mlp"):  # else it is an expert
             yield _layer(_join(prefix, f"{path}.up"), child.up)
             yield _layer(_join(prefix, f"{path}.down"), child.down)
+
+
+def _reference(module: Reference, prefix: str) -> Iterator[Whole]:
+    experts: dict[str, list[Tensor]] = {}
+    for name, weight in module.named_weights().items():
+        if match := re.fullmatch(r"(.*\.experts)\.\d+\.(up|down)", name):
+            experts.setdefault(f"{match[1]}.{match[2]}", []).append(weight)
+        else:
+            yield Whole(_join(prefix, name), (weight,), tuple(weight.shape), _same)
+    for name, weights in experts.items():
+        yield Whole(_join(prefix, name), tuple(weights), (len(weights), *weights[0].shape), None)
 
 
 def _layer(name: str, layer: nn.Linear) -> Whole:

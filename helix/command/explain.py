@@ -43,7 +43,8 @@ def explain(error: Exception, schema: type, conf: Path, overrides: list[str]) ->
         if isinstance(cause, MissingConfigException):
             return _missing_option(cause, conf)
         if isinstance(cause, (ConfigAttributeError, ConfigKeyError)):
-            return unknown_key(cause.full_key or str(cause.key), schema)
+            key = cause.full_key or str(cause.key)
+            return _others_experiment(key, overrides) or unknown_key(key, schema)
         if isinstance(cause, ValidationError) and cause.full_key:
             return _wrong_type(cause, schema)
         if isinstance(cause, MissingMandatoryValue) and cause.full_key:
@@ -109,11 +110,26 @@ def _reason(error: OverrideParseException) -> str:
     return f": {known.group(1)[0].lower()}{known.group(1)[1:]}" if known else ""
 
 
+def _others_experiment(key: str, overrides: list[str]) -> str | None:
+    """What to say of a key that nobody but an experiment of another command has set."""
+    asked = next((one for one in overrides if one.startswith("experiment=")), None)
+    if asked is None or any(one.lstrip("+~").startswith(key) for one in overrides):
+        return None
+    return (
+        f"{asked} sets {key}, which this command does not have; conf/experiment/train/ is train.py's, the rest of "
+        "conf/experiment/ infer.py's"
+    )
+
+
 def _missing_option(error: MissingConfigException, conf: Path) -> str:
     group, _, option = (error.missing_cfg_file or "").rpartition("/")
     if not group:
         return f"there is no config {option!r}; choose one of: {', '.join(group_options(conf, '.'))}"
     options = list(error.options or group_options(conf, group))
+    if group.split("/")[0] == "experiment":  # whose folders are no groups of their own
+        group, option = "experiment", f"{group}/{option}".removeprefix("experiment/")
+        files = (path.relative_to(conf / group) for path in (conf / group).rglob("*.yaml"))
+        options = sorted(str(file.with_suffix("")) for file in files)
     grid = re.fullmatch(r"helix_(\d+)x(\d+)", option)
     if grid and group == "parallel":
         near = f" (any grid: parallel=helix parallel.m={grid.group(1)} parallel.n={grid.group(2)})"

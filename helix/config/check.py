@@ -198,7 +198,7 @@ def check_layer(parallel: ParallelConfig, model: ModelConfig, batch: int, seq_le
         # No grid of this many ranks is legal, so the error lists none; other numbers of ranks have some.
         runs = shape.head_dim // shape.layout.parts
         raise PartitionError(f"{error}; legal m: {divisors(runs)}, legal n: {divisors(shape.kv_heads)}") from None
-    check_ends(shape, grid, parallel.aggregate, parallel.projection)
+    check_ends(shape.layout, shape.width, parallel.aggregate, parallel.projection)
     check_schedule(parallel.schedule, shape.layout, grid, batch // parallel.data, seq_len)
 
 

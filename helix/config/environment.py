@@ -29,6 +29,16 @@ class Started:
     local_ranks: int
 
 
+def local_ranks(ranks: int) -> int:
+    """How many of a job's ranks this host has: as many as its launcher started here, or all, which are forked.
+
+    Raises:
+        ConfigError: if the launcher's variables are not numbers.
+    """
+    launcher = started()
+    return launcher.local_ranks if launcher is not None else ranks
+
+
 def started() -> Started | None:
     """How torchrun or srun started this process, or None if it was started by itself.
 

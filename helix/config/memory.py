@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from helix.config import environment
 from helix.config.methods import baselines_of
@@ -12,9 +12,14 @@ from helix.config.schema import (
     Misfit,
     ModelConfig,
     ParallelConfig,
+    WorkloadConfig,
     expert_parallel,
+    to_grid,
     to_shape,
 )
+from helix.partition.grid import Grid
+from helix.partition.options import AttentionOptions
+from helix.partition.transformer_cost import TransformerCost
 
 _REPLICATE = ("data", "context", "ulysses")  # whole weights on every rank
 _BUILT_WHOLE = ("tensor", "autotp")
@@ -59,31 +64,28 @@ def estimate(settings: InferConfig, local_ranks: int) -> Estimate:
     weights = sum(stored_parameters(model, each) for each in methods) * share
     if any(each.method in _BUILT_WHOLE for each in methods):
         weights += local_ranks * shape.parameters()  # each rank draws the whole, then keeps its part
-    tokens, wide = work.batch_size * work.seq_len, max(itemsize, 4)
-    whole = 4 * shape.width + 4 * shape.attention_width + shape.mlp_hidden + shape.vocab
+    wide = max(itemsize, 4)
     return Estimate(
         ranks=local_ranks,
         weights=weights * itemsize,
         activations=max(_activations(settings, each) for each in methods) * share + local_ranks * RANK_BYTES,
-        reference=shape.parameters() * wide + tokens * whole * wide,
+        reference=shape.parameters() * wide + _cost(model, work, Grid(1, 1), wide).activation_bytes(),
     )
 
 
-def _activations(settings: InferConfig, parallel: ParallelConfig) -> float:
+def _activations(settings: InferConfig, parallel: ParallelConfig) -> int:
     """Bytes that one method's ranks hold at once in a step, summed over them."""
-    model, work = settings.model, settings.workload
-    shape, itemsize = to_shape(model), ITEMSIZE[settings.precision]
-    tokens = work.batch_size * work.seq_len
-    hidden = shape.mlp_hidden * max(1, model.top_k) + shape.vocab
+    model, work, itemsize = settings.model, settings.workload, ITEMSIZE[settings.precision]
     if parallel.method in _REPLICATE or parallel.method == "single":  # each token on one rank
-        return tokens * (4 * shape.width + 4 * shape.attention_width + hidden) * itemsize
-    # Live at once inside a layer: the residual stream, its norm, attention's output and the layer's (4 E), the
-    # queries, keys, values and output of the rank's head group (4 H D / n), the MLP's hidden (F, cut over ranks).
-    features = 4 * shape.width + 4 * shape.attention_width / parallel.n + hidden / (parallel.m * parallel.n)
-    held = tokens / parallel.data * features * itemsize
-    if parallel.schedule in ("gather", "score"):  # no fused kernel: [B, H/n, T, S] whole, in fp32 before its softmax
-        held += tokens / parallel.data * work.seq_len * shape.heads / parallel.n * max(itemsize, 4)
-    return held * parallel.ranks
+        return _cost(model, work, Grid(1, 1), itemsize).activation_bytes()
+    one = replace(work, batch_size=work.batch_size // parallel.data)
+    return parallel.ranks * _cost(model, one, to_grid(parallel), itemsize, parallel.schedule).activation_bytes()
+
+
+def _cost(
+    model: ModelConfig, work: WorkloadConfig, grid: Grid, itemsize: int, schedule: str = "auto"
+) -> TransformerCost:
+    return TransformerCost(to_shape(model), grid, AttentionOptions(schedule), work.batch_size, work.seq_len, itemsize)
 
 
 def check_memory(settings: InferConfig, local_ranks: int, device: str) -> None:

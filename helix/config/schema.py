@@ -15,6 +15,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
 from helix.partition.grid import Grid, PartitionError
+from helix.partition.options import AttentionOptions
 from helix.partition.schedules import SCHEDULES
 from helix.partition.shape import TransformerShape, default_expert_parallel
 
@@ -169,7 +170,11 @@ class LoggerConfig:
 class InferConfig:
     """Everything that `infer.py` is told.
 
-    `baseline` are methods, by name, that take turns with the main one; `profile` writes a trace of every rank.
+    Args:
+        baseline: methods, by name, that take turns with the main one.
+        ckpt: a checkpoint, or a folder of them (its newest whole one), whose weights all methods run with; null for
+            weights drawn from the seed.
+        profile: whether a trace of every rank is written.
     """
 
     REPORT: ClassVar[str] = "report.json"
@@ -181,6 +186,7 @@ class InferConfig:
     workload: WorkloadConfig = MISSING
     logger: LoggerConfig = MISSING
     baseline: list[str] = field(default_factory=list)
+    ckpt: str | None = None
     precision: str = one_of("32-true", tuple(ITEMSIZE))
     profile: bool = False
     seed: int = at_least(0, 0)
@@ -201,6 +207,11 @@ def register(name: str = "infer_schema", schema: type = InferConfig) -> None:
 def to_grid(parallel: ParallelConfig) -> Grid:
     """The grid of one replica's attention layers."""
     return Grid(m=parallel.m, n=parallel.n)
+
+
+def to_options(parallel: ParallelConfig, schedule: str) -> AttentionOptions:
+    """How attention is laid over the grid, by the configured schedule or what `auto` has come to."""
+    return AttentionOptions(schedule, parallel.aggregate, parallel.concat, parallel.projection, parallel.residual)
 
 
 def to_shape(model: ModelConfig) -> TransformerShape:
@@ -259,5 +270,6 @@ __all__ = [
     "one_of",
     "register",
     "to_grid",
+    "to_options",
     "to_shape",
 ]

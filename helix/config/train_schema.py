@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -32,7 +32,9 @@ from helix.config.schema import (
     at_least,
     bounded,
     one_of,
+    to_shape,
 )
+from helix.partition import rivals
 
 PRECISIONS = (*ITEMSIZE, "bf16-mixed", "16-mixed")
 # Lightning's form of a length of time.
@@ -95,8 +97,10 @@ class TrainerConfig:
 
     Args:
         max_steps: steps of the whole training, which the learning rate's decay is laid over.
-        max_time: where to stop if that comes first, as DD:HH:MM:SS.
+        max_time: where to stop if that comes first, as DD:HH:MM:SS; it counts over all pieces of a training that
+            went on from checkpoints.
         accumulate_grad_batches: batches whose gradients one step sums.
+        scaling: how 16-mixed scales the loss, adaptive to the grid or ordinary (`helix.parallel.scaler`).
         gradient_clip_val: largest global norm of the gradients; null for any.
         validate_every_n_steps: steps from one validation to the next; there is one at the end in any case.
         log_every_n_steps: steps from one record of losses to the next; no loss is left out.
@@ -108,6 +112,7 @@ class TrainerConfig:
     max_steps: int = at_least(1)
     max_time: str | None = None
     accumulate_grad_batches: int = at_least(1)
+    scaling: str = one_of("adaptive", ("adaptive", "ordinary"))
     gradient_clip_val: float | None = bounded(above=0)
     validate_every_n_steps: int = at_least(1)
     log_every_n_steps: int = at_least(1)
@@ -122,6 +127,12 @@ class TrainConfig:
     Args:
         auxiliary_weight: of the experts' load-balancing loss.
         ckpt: a checkpoint, or a folder of them (the newest whole one), that the training goes on from; null to begin.
+            What says which tokens a step sees has to be as it was: data.path, limit_bytes, seq_len, batch_size and
+            held_out_every, trainer.accumulate_grad_batches, and seed; so have the model, its function and
+            optimizer.name. All else may differ, and holds from there on: the grid, the precision, the learning rate
+            and its schedule, which is laid over all max_steps.
+        max_restarts: how often all ranks are started again after one was killed, to go on from the training's last
+            whole checkpoint. A rank that raised an error would raise it again, and is not started again.
     """
 
     REPORT: ClassVar[str] = "train_report.json"
@@ -135,6 +146,7 @@ class TrainConfig:
     logger: LoggerConfig = MISSING
     auxiliary_weight: float = bounded(0.01, at_least=0)
     ckpt: str | None = None
+    max_restarts: int = at_least(0, 0)
     precision: str = one_of("32-true", PRECISIONS)
     seed: int = at_least(0, 0)
     device: str = one_of("auto", ("auto", "cpu", "cuda"))
@@ -148,18 +160,18 @@ def check_training(settings: TrainConfig) -> None:
         PartitionError: if values do not fit together. Both are one sentence with the legal choices.
     """
     check_values(settings)
+    _check_precision(settings)
     _check_method(settings)
     parallel, data = settings.parallel, settings.data
     check_model(settings.model, parallel)
     check_batch("data.batch_size", data.batch_size, parallel.data)
-    check_layer(parallel, settings.model, data.batch_size, data.seq_len)
+    # A single rank, and data replicas, train as grids of Helix's, and read what those read.
+    laid = parallel if parallel.method == "tensor" else replace(parallel, method="helix")
+    check_layer(laid, settings.model, data.batch_size, data.seq_len)
     if data.path is not None:
         check_enough(data, check_text("data.path", Path(data.path)))
     _check_trainer(settings.trainer, settings.optimizer)
-    if settings.ckpt is not None and not Path(settings.ckpt).is_dir():
-        raise ConfigError(
-            f"ckpt={settings.ckpt} is not a folder; give a checkpoint, a folder of them, or null to begin"
-        )
+    _check_restarts(settings)
     check_logger(settings.logger)
     device = check_device(settings.device, local_ranks := check_started(parallel.ranks))
     _check_memory(settings, local_ranks, device)
@@ -181,15 +193,31 @@ def check_enough(data: DataConfig, size: int) -> None:
         )
 
 
-def _check_method(settings: TrainConfig) -> None:
-    """Check that the method trains: Helix's does, on any grid; a single rank, and data replicas, are grids of it."""
-    parallel = settings.parallel
-    if parallel.method not in ("helix", "single", "data"):
-        raise ConfigError(
-            f"parallel.method={parallel.method} is measured by infer.py and does not train; choose one of: helix, "
-            "single, data"
+def _check_precision(settings: TrainConfig) -> None:
+    """Check that the optimizer can compute in the dtype of the weights."""
+    if settings.precision == "16-true" and settings.optimizer.name == "adamw":
+        raise Misfit(
+            "precision=16-true keeps the weights in fp16, where AdamW's eps and most squared gradients are 0, and its "
+            "first step gives no numbers; choose precision=16-mixed or bf16-true, or optimizer=sgd"
         )
+
+
+def _check_method(settings: TrainConfig) -> None:
+    """Check the sizes that only some methods have, and what a method's way to cut the model needs."""
+    parallel, data = settings.parallel, settings.data
     check_sizes(parallel)
+    if parallel.method == "tensor":
+        shape = to_shape(settings.model)
+        for name, only in (("schedule", "auto"), ("aggregate", "project"), ("projection", "column")):
+            if getattr(parallel, name) != only:
+                raise ConfigError(
+                    f"parallel.method=tensor has no parallel.{name}={getattr(parallel, name)}; choose {only}, or "
+                    "parallel=helix"
+                )
+        rivals.check_tensor(shape, parallel.n, data.seq_len if parallel.residual == "sharded" else None)
+        check_batch("data.batch_size", data.batch_size, parallel.data)
+        if parallel.stage > 1:
+            rivals.check_pipeline(shape, parallel.stage, data.batch_size // parallel.data, parallel.microbatches)
     if parallel.method == "data" and settings.model.kind == "moe":
         raise ConfigError(
             "parallel.method=data spreads experts over the replicas, which does not train; for replicas of all "
@@ -209,6 +237,23 @@ def _check_trainer(trainer: TrainerConfig, optimizer: OptimizerConfig) -> None:
         )
 
 
+def _check_restarts(settings: TrainConfig) -> None:
+    """Check that there is something to go on from, and somebody to start the ranks again."""
+    if settings.max_restarts == 0:
+        return
+    launcher = environment.started()
+    if launcher is not None:
+        raise ConfigError(
+            f"max_restarts={settings.max_restarts} is for ranks that train.py forks, and {launcher.by} started these; "
+            "take max_restarts=0, and have the launcher start them again (torchrun --max-restarts=2)"
+        )
+    if settings.trainer.save_every_n_steps is None:
+        raise ConfigError(
+            f"max_restarts={settings.max_restarts} goes on from the training's own checkpoints, and "
+            "trainer.save_every_n_steps=null makes none on the way; choose a number of steps, or max_restarts=0"
+        )
+
+
 def _check_memory(settings: TrainConfig, local_ranks: int, device: str) -> None:
     """Check that this host, and each of its GPUs if the ranks compute there, can hold the training.
 
@@ -218,13 +263,17 @@ def _check_memory(settings: TrainConfig, local_ranks: int, device: str) -> None:
     model, data, parallel = settings.model, settings.data, settings.parallel
     share = local_ranks / parallel.ranks
     wide = ITEMSIZE.get(settings.precision, 4)
-    # Weights, their gradients, and two moments.
-    state = 4 * stored_parameters(model, parallel) * wide * share
+    weights = stored_parameters(model, parallel) * wide * share
+    # Weights, their gradients, and two moments, which replicas may share out once each has drawn its weights.
+    state = max(4 * weights / (parallel.data if parallel.shard_data else 1), weights)
+    if parallel.method == "tensor":  # each rank draws the whole model, then keeps its part
+        state = max(state, to_shape(model).parameters() * wide * local_ranks)
     # Kept for the backward pass, of each token and layer: stream, norms, queries to output, and the MLP's hidden
     # (before and after its gelu), on top of logits and their softmax. The head group's and the MLP's are cut.
     attention = 4 * model.heads * model.head_dim / parallel.n
     hidden = 2 * model.mlp_hidden * max(1, model.top_k) / (parallel.m * parallel.n)
-    per_token = model.layers * (6 * model.width + attention + hidden) + 3 * model.vocab
+    layers = -(-model.layers // parallel.stage)
+    per_token = layers * (6 * model.width + attention + hidden) + 3 * model.vocab
     held = data.batch_size * data.seq_len / parallel.data * per_token * wide * local_ranks
     host = environment.free_memory_bytes()
     if device == "cuda":
@@ -233,8 +282,9 @@ def _check_memory(settings: TrainConfig, local_ranks: int, device: str) -> None:
     else:
         where, need, free = "this machine", state + held + local_ranks * RANK_BYTES, host
     if need > free:
+        shards = " parallel.shard_data=true," if parallel.data > 1 and not parallel.shard_data else ""
         raise Misfit(
             f"training model={model.name} needs about {need / 1e9:.1f} GB on {where} (weights, gradients and moments "
             f"{state / 1e9:.1f}, activations {held / 1e9:.1f} over {local_ranks} ranks), and {free / 1e9:.1f} GB are "
-            "available; take model=tiny, or a smaller data.batch_size or data.seq_len"
+            f"available; take{shards} model=tiny, or a smaller data.batch_size or data.seq_len"
         )

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from helix.comm import collectives, transport
 from helix.comm.mesh import Axis, Mesh
 from helix.models.experts import Experts
-from helix.models.transformer import Transformer
 from helix.partition.grid import shard_range
+from helix.partition.shape import TransformerShape
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, vocab: int, axis: Axis) -> Tensor:
@@ -57,41 +58,51 @@ class LoadBalance:
     Here the shares are those of all ranks' tokens, and the probabilities' gradient is each rank's own.
 
     Args:
-        model: listened to from here on; the loss is that of its last forward.
+        model: listened to from here on, whenever it learns; a pipeline's stage has some of the layers.
+        shape: of the whole model.
         mesh: its ranks.
     """
 
-    def __init__(self, model: Transformer, mesh: Mesh) -> None:
-        self.mesh = mesh
-        self.experts = model.shape.experts
-        self._probabilities: dict[int, Tensor] = {}
-        layers = [layer for layer in model.modules() if isinstance(layer, Experts)]
-        for number, layer in enumerate(layers):
-            layer.moe.deepspeed_moe.gate.register_forward_hook(self._listener(number))
-
-    def _listener(self, number: int) -> Any:
-        def listen(gate: Any, inputs: tuple[Tensor, ...], output: object) -> None:
-            # The router's own product once more, [N@model, experts]: it keeps no probabilities.
-            self._probabilities[number] = F.linear(inputs[0].float(), gate.wg.weight.float()).softmax(-1)
-
-        return listen
+    def __init__(self, model: nn.Module, shape: TransformerShape, mesh: Mesh) -> None:
+        self.mesh, self.layers, self.experts = mesh, shape.layers, shape.experts
+        listened = [layer for layer in model.modules() if isinstance(layer, Experts)]
+        # Of each layer one for each forward since the last loss, [N@model, experts].
+        self._probabilities: list[list[Tensor]] = [[] for _ in listened]
+        for layer, found in zip(listened, self._probabilities, strict=True):
+            layer.moe.deepspeed_moe.gate.register_forward_hook(partial(_listen, found))
 
     def loss(self, tokens: int) -> Tensor:
-        """This rank's summand of the mean over layers; the sum over the model axis is a replica's loss.
+        """This rank's summand of the mean over layers; the sum over the model and stage axes is a replica's loss.
 
         Args:
             tokens: N of the last forward; what is beyond them on the last ranks is padding.
         """
-        shares, means = [], []
-        for _, probability in sorted(self._probabilities.items()):
-            first = self.mesh.model.rank * probability.shape[0]
-            own = probability[: max(0, min(probability.shape[0], tokens - first))]
-            chosen = own.argmax(-1)
-            shares.append(torch.bincount(chosen, minlength=self.experts).to(own.dtype))
-            means.append(own.sum(0) / tokens)
-        share = torch.stack(shares).detach()  # [layers, experts], counts
+        (loss,) = self.losses(tokens)
+        return loss
+
+    def losses(self, tokens: int) -> list[Tensor]:
+        """`loss`, of a batch that several forwards of `tokens` tokens each made up: a summand of each."""
+        layers = [[self._own(each, tokens) for each in probabilities] for probabilities in self._probabilities]
+        for probabilities in self._probabilities:
+            probabilities.clear()
+        total = len(layers[0]) * tokens
+        counts = [torch.bincount(torch.cat(layer).argmax(-1), minlength=self.experts) for layer in layers]
+        share = torch.stack(counts).to(layers[0][0].dtype)  # [layers, experts]
         for axis in (self.mesh.model, self.mesh.data):
             if axis.size > 1:
                 share = transport.all_reduce(share, axis, "loss.balance")
-        share = share / (tokens * self.mesh.data.size)
-        return (share * torch.stack(means)).sum(-1).mean() * self.experts
+        share = share / (total * self.mesh.data.size)
+        # One graph for each forward: a pipeline goes back through one after the other.
+        means = [torch.stack([own.sum(0) for own in forward]) / total for forward in zip(*layers, strict=True)]
+        return [(share * mean).sum() * (self.experts / self.layers) for mean in means]
+
+    def _own(self, probability: Tensor, tokens: int) -> Tensor:
+        """Without the last ranks' padding."""
+        first = self.mesh.model.rank * probability.shape[0]
+        return probability[: max(0, min(probability.shape[0], tokens - first))]
+
+
+def _listen(found: list[Tensor], gate: Any, inputs: tuple[Tensor, ...], output: object) -> None:
+    if torch.is_grad_enabled():  # a validation has no loss that would take them
+        # The router's own product once more: it keeps no probabilities.
+        found.append(F.linear(inputs[0].float(), gate.wg.weight.float()).softmax(-1))

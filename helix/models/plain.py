@@ -128,7 +128,8 @@ class PlainTransformer(nn.Module):
         own = PlainExperts if shape.experts else PlainMLP
         make = feed_forward or (lambda: own(shape, dtype))
         self.embedding: nn.Embedding | None = nn.Embedding(shape.vocab, shape.width, dtype=dtype)
-        self.blocks = nn.ModuleList(PlainBlock(shape, dtype, make()) for _ in range(shape.layers))
+        # By number and not a list, whose part would number its own blocks from 0: see `keep_layers`.
+        self.blocks = nn.ModuleDict({str(i): PlainBlock(shape, dtype, make()) for i in range(shape.layers)})
         self.norm: nn.RMSNorm | None = nn.RMSNorm(shape.width, NORM_EPS, dtype=dtype)
         self.head: nn.Linear | None = nn.Linear(shape.width, shape.vocab, bias=False, dtype=dtype)
 
@@ -137,7 +138,7 @@ class PlainTransformer(nn.Module):
         assert self.embedding is not None
         assert self.head is not None
         fill_normal(self.embedding.weight, 1.0, seed, "embedding.weight")
-        for index, block in enumerate(self.blocks):
+        for index, block in self.blocks.items():
             assert isinstance(block, PlainBlock)
             if callable(fill := getattr(block.mlp, "init_weights", None)):
                 fill(seed, f"blocks.{index}.mlp")
@@ -155,17 +156,17 @@ class PlainTransformer(nn.Module):
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)
         rope = rope_angles(positions, self.shape.head_dim, x.dtype) if self.shape.rope else None
-        for block in self.blocks:
+        for block in self.blocks.values():
             x = block(x, rope)
         return x if self.norm is None or self.head is None else self.head(self.norm(x))
 
     def keep_layers(self, kept: range) -> None:
-        """Keep only the run of blocks that a pipeline stage has, and the ends that are next to it."""
+        """Keep only the run of blocks that a pipeline stage has, under their own numbers, and the ends next to it."""
         if kept.start > 0:
             self.embedding = None
         if kept.stop < len(self.blocks):
             self.norm = self.head = None
-        self.blocks = self.blocks[kept.start : kept.stop]
+        self.blocks = nn.ModuleDict({str(i): self.blocks[str(i)] for i in kept})
 
 
 def _fill_linear(module: nn.Module, prefix: str, seed: int) -> None:

@@ -47,53 +47,69 @@ class Reference(nn.Module):
         self.dtype = dtype
         self.routes: list[Tensor] = []
         self.weights = nn.ParameterDict()
+        self._std: dict[str, float] = {}
+        self._add("embedding.weight", (shape.vocab, shape.width), 1.0)
+        for layer in range(shape.layers):
+            self._add(f"blocks.{layer}.attention_norm.weight", (shape.width,))
+            self._add_attention(f"blocks.{layer}.attention")
+            self._add(f"blocks.{layer}.mlp_norm.weight", (shape.width,))
+            self._add_mlp(f"blocks.{layer}.mlp")
+        self._add("norm.weight", (shape.width,))
+        self._add("head.weight", (shape.vocab, shape.width), shape.width**-0.5)
 
     def init_weights(self, seed: int) -> None:
-        """The weights that `Transformer.init_weights(seed)` gives, whole."""
-        shape = self.shape
-        self._draw("embedding.weight", (shape.vocab, shape.width), 1.0, seed)
-        for layer in range(shape.layers):
-            self._draw_attention(f"blocks.{layer}.attention", seed)
-            self._draw_mlp(f"blocks.{layer}.mlp", seed)
-        self._draw("head.weight", (shape.vocab, shape.width), shape.width**-0.5, seed)
+        """The weights that `Transformer.init_weights(seed)` gives, whole; norms are ones already."""
+        for name, std in self._std.items():
+            fill_normal(self._weight(name), std, seed, name)
 
-    def _draw(self, name: str, size: tuple[int, ...], std: float, seed: int, dtype: torch.dtype | None = None) -> None:
-        weight = nn.Parameter(torch.empty(*size, dtype=dtype or self.dtype))
-        fill_normal(weight, std, seed, name)
-        self.weights[_key(name)] = weight
+    def named_weights(self) -> dict[str, Tensor]:
+        """The weights by the names that they have in the partitioned model; experts by number."""
+        return {key.replace("/", "."): weight for key, weight in self.weights.items()}
 
-    def _draw_attention(self, name: str, seed: int) -> None:
+    def _add(
+        self, name: str, size: tuple[int, ...], std: float | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        """A weight of ones, that `init_weights` draws with `std` if it has one."""
+        self.weights[_key(name)] = nn.Parameter(torch.ones(*size, dtype=dtype or self.dtype))
+        if std is not None:
+            self._std[name] = std
+
+    def _add_attention(self, name: str) -> None:
         shape, layout = self.shape, self.shape.layout
         head = (layout.parts, layout.head_dim // layout.parts)
         columns = shape.width // self.grid.ranks if self.options.projection == "block" else shape.width
         for key, heads in (("wq", shape.heads), ("wk", shape.kv_heads), ("wv", shape.kv_heads)):
-            self._draw(f"{name}.{key}", (heads, *head, columns), columns**-0.5, seed)
+            self._add(f"{name}.{key}", (heads, *head, columns), columns**-0.5)
         if self.options.aggregate == "project":
-            self._draw(f"{name}.wo", (shape.width, shape.heads, *head), shape.attention_width**-0.5, seed)
+            self._add(f"{name}.wo", (shape.width, shape.heads, *head), shape.attention_width**-0.5)
+        if shape.qk_norm:
+            self._add(f"{name}.q_norm", head)
+            self._add(f"{name}.k_norm", head)
 
-    def _draw_mlp(self, name: str, seed: int) -> None:
+    def _add_mlp(self, name: str) -> None:
         shape = self.shape
         names = [f"{name}.experts.{e}" for e in range(shape.experts)] or [name]
         for each in names:
-            self._draw(f"{each}.up", (shape.mlp_hidden, shape.width), shape.width**-0.5, seed)
-            self._draw(f"{each}.down", (shape.width, shape.mlp_hidden), shape.mlp_hidden**-0.5, seed)
+            self._add(f"{each}.up", (shape.mlp_hidden, shape.width), shape.width**-0.5)
+            self._add(f"{each}.down", (shape.width, shape.mlp_hidden), shape.mlp_hidden**-0.5)
         if shape.experts:
-            self._draw(f"{name}.router", (shape.experts, shape.width), shape.width**-0.5, seed, torch.float32)
+            self._add(f"{name}.router", (shape.experts, shape.width), shape.width**-0.5, torch.float32)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens[B, T] -> logits[B * T, V]."""
         self.routes = []
         x = F.embedding(tokens, self._weight("embedding.weight"))
         for layer in range(self.shape.layers):
-            x = x + self._attention(f"blocks.{layer}.attention", self._norm(x))
-            x = x + self._mlp(f"blocks.{layer}.mlp", self._norm(x))
-        return F.linear(self._norm(x), self._weight("head.weight")).flatten(0, 1)
+            block = f"blocks.{layer}"
+            x = x + self._attention(f"{block}.attention", self._norm(f"{block}.attention_norm", x))
+            x = x + self._mlp(f"{block}.mlp", self._norm(f"{block}.mlp_norm", x))
+        return F.linear(self._norm("norm", x), self._weight("head.weight")).flatten(0, 1)
 
     def _weight(self, name: str) -> Tensor:
         return self.weights[_key(name)]
 
-    def _norm(self, x: Tensor) -> Tensor:
-        return x * (x.pow(2).mean(-1, keepdim=True) + NORM_EPS).rsqrt()
+    def _norm(self, name: str, x: Tensor) -> Tensor:
+        return x * (x.pow(2).mean(-1, keepdim=True) + NORM_EPS).rsqrt() * self._weight(f"{name}.weight")
 
     def _attention(self, name: str, x: Tensor) -> Tensor:
         layout = self.shape.layout
@@ -101,16 +117,15 @@ class Reference(nn.Module):
         if self.options.projection == "block":
             wq, wk, wv = (block_weights(w, layout.heads, self.grid.m, self.grid.n) for w in (wq, wk, wv))
         wo = self._weight(f"{name}.wo") if self.options.aggregate == "project" else None
-        # Untrained QK-norm weights are ones.
-        ones = x.new_ones(layout.parts, layout.head_dim // layout.parts) if self.shape.qk_norm else None
+        q_norm, k_norm = (self._weight(f"{name}.{z}_norm") if self.shape.qk_norm else None for z in "qk")
         return attention_oracle(
             x,
             wq,
             wk,
             wv,
             wo,
-            q_norm=ones,
-            k_norm=ones,
+            q_norm=q_norm,
+            k_norm=k_norm,
             causal=self.shape.causal,
             rope=self.shape.rope,
             slices=self.slices,

@@ -88,6 +88,7 @@ class Transformer(nn.Module):
             projection=options.projection,
             stream=self.stream,
             dtype=dtype,
+            initialize=False,
         )
         return Block(shape, attention, self._mlp(self.stream, dtype), self.mesh)
 

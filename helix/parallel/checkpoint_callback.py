@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import random
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +20,27 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from helix.checkpoint.manifest import checkpoints, plain
+from helix.checkpoint.content import plain
+from helix.checkpoint.manifest import checkpoints
 from helix.checkpoint.save_and_load import BackgroundSaver, CheckpointError, Loaded, Saved, restore, save
 
 
 class HelixCheckpoints(Callback):
     """Saves every n optimizer steps and at the end, and resumes before the first step.
 
+    A step's save comes when all of the step has been done, its validation included: before the next batch, or when
+    training ends. So a resumed run validates where the uninterrupted one does, and as often.
+
     What comes back: parameters, optimizers, learning-rate schedules, the loops' progress (global step, epoch, batch),
     the loss scaler, `module.data_position` if the module has that attribute, the plain state of other callbacks
     (such as Lightning's Timer for `max_time`), what the module's `on_save_checkpoint` put into its dict (plain
     values), and each rank's random-number generators. On another number of ranks the generators are rank 0's for
-    all; nothing else depends on the grid. Callbacks whose state is saved come before this one in the Trainer's list.
+    all; nothing else depends on the grid. A callback that comes before this one in the Trainer's list is asked for
+    its state after its own `on_train_batch_start` and `on_train_end`, and the others before theirs.
+    Where training ends between two optimizer steps, the batches after the last step are seen once more.
+
+    The optimizers' options and the schedules come back as they were saved, not as `configure_optimizers` has them: a
+    module that is to go on with another learning rate sets it in its own `on_fit_start`, which comes later.
 
     Args:
         folder: of the checkpoints; all ranks see it.
@@ -64,19 +74,20 @@ class HelixCheckpoints(Callback):
         self.last: Saved | None = None
         self._saver: BackgroundSaver | None = None
         self._saved_step = self._seen_step = 0
-        self._loops: dict[str, Any] | None = None
+        self._due = self._between_steps = False
+        self._stood: _Stood | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Lightning restores its own checkpoints right after this hook: the optimizers are there, the loops and the
         # training data not yet begun.
         self._saver = BackgroundSaver() if self.background else None
-        self.resumed, self._loops = None, None
+        self.resumed, self._stood, self._due = None, None, False
         self._saved_step = self._seen_step = trainer.global_step
         source = self._source(trainer)
         if source is None:
             return
         self.resumed = restore(source, pl_module, trainer.optimizers)
-        _set_state(trainer, pl_module, self.resumed.extra, self)
+        _set_state(trainer, pl_module, self.resumed, self)
         self._saved_step = self._seen_step = trainer.global_step
         rank_zero_info(f"resumed after step {self.resumed.step}; {self.resumed}")
 
@@ -92,16 +103,26 @@ class HelixCheckpoints(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
-        if step == self._seen_step:  # gradients were accumulated, and that was all
+        self._between_steps = step == self._seen_step  # gradients were accumulated, and that was all
+        if self._between_steps:
             return
         self._seen_step = step
-        # A save after the loops have ended has to say how they stood at the last step.
-        self._loops = trainer.fit_loop.state_dict()
-        if step == trainer.max_steps or (self.every_n_steps is not None and step % self.every_n_steps == 0):
+        # What is saved later has to say how everything stood at the step: time may end a training between two.
+        position = getattr(pl_module, "data_position", None)
+        self._stood = _Stood(trainer.fit_loop.state_dict(), position, _random())
+        self._due = self.every_n_steps is not None and step % self.every_n_steps == 0
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Lightning validates after the hook above, and a resumed run would not do so again.
+        if self._stood is not None and not self._between_steps:
+            self._stood.draws = _random()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._due:  # but its generators as they were before this batch was fetched: the resumed run fetches it too
             self._save(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.global_step > self._saved_step and self._loops is not None:
+        if trainer.global_step > self._saved_step and self._stood is not None:
             self._save(trainer, pl_module)
         if self._saver is not None:
             self._report(trainer, self._saver.wait())
@@ -115,11 +136,11 @@ class HelixCheckpoints(Callback):
         return self.folder if trainer.strategy.broadcast(bool(checkpoints(self.folder))) else None
 
     def _save(self, trainer: Trainer, module: LightningModule) -> None:
-        assert self._loops is not None
-        self._saved_step = step = trainer.global_step
-        extra = _state(trainer, module, self._loops, self)
+        assert self._stood is not None
+        self._saved_step, self._due = trainer.global_step, False
+        extra = _state(trainer, module, self._stood, self)
         write = save if self._saver is None else self._saver.save
-        self._report(trainer, write(self.folder, module, trainer.optimizers, extra, self.keep, step=step))
+        self._report(trainer, write(self.folder, module, trainer.optimizers, extra, self.keep, step=self._saved_step))
 
     def _report(self, trainer: Trainer, saved: Saved | None) -> None:
         if saved is None:
@@ -136,28 +157,43 @@ class HelixCheckpoints(Callback):
         )
 
 
-def _state(trainer: Trainer, module: LightningModule, loops: dict[str, Any], own: HelixCheckpoints) -> dict[str, Any]:
+@dataclass
+class _Stood:
+    """How the loops, the data and this rank's generators stood after an optimizer step."""
+
+    loops: dict[str, Any]
+    position: Any
+    draws: dict[str, Any]
+
+
+def _state(trainer: Trainer, module: LightningModule, stood: _Stood, own: HelixCheckpoints) -> dict[str, Any]:
     """What a resumed run needs besides tensors, as plain values; equal on all ranks but for `random`."""
     extra: dict[str, Any] = {
         "step": trainer.global_step,
-        "loops": loops,
+        "loops": stood.loops,
         "schedules": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
         "precision": _numbers(trainer.precision_plugin.state_dict()),
         "callbacks": _callbacks(trainer, own),
-        "random": _everyones(_random()),
+        "random": _everyones(stood.draws),
         "module": {},
     }
     module.on_save_checkpoint(extra["module"])
-    if hasattr(module, "data_position"):
-        extra["data_position"] = module.data_position
+    if stood.position is not None:
+        extra["data_position"] = stood.position
     return extra
 
 
-def _set_state(trainer: Trainer, module: LightningModule, extra: dict[str, Any], own: HelixCheckpoints) -> None:
+def _set_state(trainer: Trainer, module: LightningModule, loaded: Loaded, own: HelixCheckpoints) -> None:
+    extra, schedules = loaded.extra, trainer.lr_scheduler_configs
     if "loops" not in extra:
-        raise CheckpointError("this checkpoint holds weights only, without a run to resume; load it with `load`")
+        raise CheckpointError(f"{loaded.path} holds weights only, without a run to resume; load it with `load`")
+    if len(extra["schedules"]) != len(schedules):
+        raise CheckpointError(
+            f"the checkpoint {loaded.path} has {len(extra['schedules'])} learning-rate schedules, and the module "
+            f"{len(schedules)}"
+        )
     trainer.fit_loop.load_state_dict(extra["loops"])
-    for config, state in zip(trainer.lr_scheduler_configs, extra["schedules"], strict=True):
+    for config, state in zip(schedules, extra["schedules"], strict=True):
         config.scheduler.load_state_dict(state)
     if extra["precision"]:
         trainer.precision_plugin.load_state_dict(extra["precision"])

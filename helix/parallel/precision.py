@@ -10,7 +10,8 @@ With `-true` parameters are *made* in that dtype, as `configure_model` runs with
 another, as the experts' fp32 router does, keeps it. With `-mixed` the layers' plain local tensors go through
 `torch.autocast`: matrix products, `F.linear` and scaled dot-product attention run in the narrow type and are
 what is moved between ranks; norms, softmax and losses run in fp32, and the residual stream stays fp32, since
-fp32 + fp16 is fp32. Gradients reach the parameters in the parameters' dtype, and are reduced in it.
+fp32 + fp16 is fp32. Gradients reach the parameters in the parameters' dtype, and are reduced in it. 16-true is for
+SGD: in fp16 AdamW's eps of 1e-8 is 0, as most squared gradients are, and 0 / 0 is no number.
 
 Once per optimizer step, never per accumulated micro-batch: reduce the gradients, unscale them and agree on
 whether any rank's are not finite, run `on_before_optimizer_step`, clip by the global norm, step. With manual
@@ -19,6 +20,7 @@ optimization the same happens in `optimizer.step()`; before it the gradients are
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -119,7 +121,13 @@ class HelixPrecision(Precision):
         self._after_closure(model, optimizer)
         if result is None and model.automatic_optimization:  # training_step skipped this batch
             return result
-        stepped = None if self.scaler.overflowed else optimizer.step(**kwargs)
+        if self.scaler.overflowed:
+            # Lightning counts the step, and has the schedule of learning rates step, all the same; where it is the
+            # first one, torch takes that for a wrong order.
+            warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler\.step", UserWarning)
+            stepped = None
+        else:
+            stepped = optimizer.step(**kwargs)
         self.scaler.update()
         return stepped
 

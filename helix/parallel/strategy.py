@@ -58,7 +58,8 @@ class HelixStrategy(ModelParallelStrategy):
 
     Raises:
         PartitionError: in `setup_environment`, if the ranks that are running are not data * stage * m * n.
-        ValueError: if precision or scaling is not known; when the Trainer is made, if its precision is another.
+        ValueError: if precision or scaling is not known; when the Trainer is made, if its precision is another, or if
+            it is told of several ranks and nobody has started them.
     """
 
     def __init__(
@@ -120,6 +121,16 @@ class HelixStrategy(ModelParallelStrategy):
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
         return {"num_replicas": self.mesh.data.size, "rank": self.mesh.data.rank}
+
+    def _configure_launcher(self) -> None:
+        """Leave the launcher away: Lightning's would run the user's script again for each rank."""
+        assert self.cluster_environment is not None
+        ranks = self.num_processes * self.num_nodes
+        if ranks > 1 and not self.cluster_environment.creates_processes_externally:
+            raise ValueError(
+                f"HelixStrategy starts no processes, and nobody has started the {ranks} that the Trainer has devices "
+                "for: start them with helix.launch, torchrun or SLURM"
+            )
 
     def setup_environment(self) -> None:
         # Not ModelParallelStrategy's own: it would build a data x tensor mesh beside ours.

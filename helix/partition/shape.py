@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from helix.partition.grid import Grid, HeadLayout, PartitionError, divisors
+from helix.partition.grid import HeadLayout, PartitionError, divisors
 
 
 @dataclass(frozen=True)
@@ -93,15 +93,14 @@ def default_expert_parallel(experts: int, ranks: int) -> int:
     return max(size for size in divisors(experts) if ranks % size == 0)
 
 
-def check_ends(shape: TransformerShape, grid: Grid, aggregate: str, projection: str) -> None:
+def check_ends(layout: HeadLayout, width: int, aggregate: str, projection: str) -> None:
     """Check that a layer without W_O, or with block projections, keeps the model width.
 
     Raises:
         PartitionError: if heads * head_dim differs from width where it has to agree.
     """
     for option, value in (("aggregate", aggregate), ("projection", projection)):
-        if value in ("concat", "block") and shape.attention_width != shape.width:
+        if value in ("concat", "block") and layout.heads * layout.head_dim != width:
             raise PartitionError(
-                f"{option}={value} needs heads * head_dim = width, "
-                f"not {shape.heads} * {shape.head_dim} != {shape.width}"
+                f"{option}={value} needs heads * head_dim = width, not {layout.heads} * {layout.head_dim} != {width}"
             )

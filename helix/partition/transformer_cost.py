@@ -131,20 +131,20 @@ class TransformerCost:
         numbers = shape.layers * (attention + mlp + 2 * width) + width + 2 * self._share(shape.vocab, rank) * width
         return numbers * self.itemsize + shape.layers * shape.experts * width * ROUTER_ITEMSIZE
 
-    def activation_bytes(self, rank: int) -> int:
-        """Estimate of the bytes live at once in the widest block: its input, its inside and its output, whole.
+    def activation_bytes(self) -> int:
+        """Estimate of the bytes that one rank holds at once inside a layer of a forward pass.
 
-        Counts tensors, not the allocator's slack or a library's buffers.
+        The residual stream, its norm, attention's output and the layer's (4 E); the queries, keys, values and
+        output of the rank's head group (4 H D / n); the MLP's hidden and the logits, cut over ranks. Counts tensors,
+        not the allocator's slack or a library's buffers.
         """
-        heads = (self.shape.heads + 2 * self.shape.kv_heads) * self.shape.head_dim // self.grid.ranks
-        # q, k, v as projected, packed, received and unpacked; attention's output twice.
-        attention = 4 * heads + 2 * self.shape.attention_width // self.grid.ranks
-        mlp = 2 * self._share(self.shape.mlp_hidden, rank)
-        inside = max(attention, mlp, self._share(self.shape.vocab, rank))
-        scores = 0
-        if self.options.schedule == "score":
-            scores = 3 * self.batch * self.shape.heads // self.grid.n * self.length**2 * max(4, self.itemsize)
-        return self._tokens * (2 * self.shape.width + inside) * self.itemsize + scores
+        shape, n = self.shape, self.grid.n
+        cut = shape.mlp_hidden * max(1, shape.top_k) + shape.vocab
+        features = 4 * shape.width + 4 * shape.attention_width // n + cut // self.grid.ranks
+        held = self._tokens * features * self.itemsize
+        if self.options.schedule in ("gather", "score"):  # no fused kernel: [B, H/n, T, S], in fp32 for its softmax
+            held += self._tokens * self.length * shape.heads // n * max(4, self.itemsize)
+        return held
 
     def flops(self, rank: int) -> int:
         """FLOPs of the matrix products on `rank` (busiest of its m-group in the core attention)."""

@@ -3,44 +3,21 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from helix.checkpoint.agree import from_rank_0
 from helix.models.reference import Reference
-from helix.parallel.methods.method import Job, Layout
+from helix.parallel.methods.method import Job
+from helix.partition.function import Function
 from helix.partition.grid import Grid
 from helix.partition.options import AttentionOptions
 
 
-@dataclass(frozen=True)
-class Function:
-    """Which function a layout computes: all exact ones are the same, wherever they run.
-
-    Args:
-        slices: m where `perslice` computes attention with heads * m narrow heads, else 1.
-        block: the grid whose block-diagonal projections are meant literally, else None.
-        projects: whether there is a W_O.
-    """
-
-    slices: int = 1
-    block: Grid | None = None
-    projects: bool = True
-
-    @property
-    def reference(self) -> str:
-        return "mha_fp32_single" if self.slices == 1 else "mha_narrow_heads"
-
-
-def function_of(layout: Layout) -> Function:
-    options = layout.options
-    return Function(
-        slices=layout.grid.m if options.schedule == "perslice" else 1,
-        block=layout.grid if options.projection == "block" else None,
-        projects=options.aggregate == "project",
-    )
+def name_of(function: Function) -> str:
+    """What a report calls the model that computes it."""
+    return "mha_fp32_single" if function.slices == 1 else "mha_narrow_heads"
 
 
 class Oracle:
@@ -55,12 +32,21 @@ class Oracle:
         self._answers: dict[Function, tuple[Tensor | None, list[Tensor]]] = {}
 
     def answer(self, function: Function) -> tuple[Tensor | None, list[Tensor]]:
-        """The logits[B * T, V], on rank 0 only, and every layer's routes[B * T, top_k]. All ranks call it."""
+        """The logits[B * T, V], on rank 0 only, and every layer's routes[B * T, top_k]. All ranks call it.
+
+        Raises:
+            CheckpointError: on every rank, if the weights cannot be read.
+        """
         if function not in self._answers:
-            logits, routes = self._compute(function) if dist.get_rank() == 0 else (None, [])
-            shared = [routes]
-            dist.broadcast_object_list(shared)
-            self._answers[function] = (logits, shared[0])
+            own: list[Tensor] = []
+
+            def compute() -> list[Tensor]:
+                logits, routes = self._compute(function)
+                own.append(logits)
+                return routes
+
+            routes = from_rank_0(compute)
+            self._answers[function] = (own[0] if own else None, routes)
         return self._answers[function]
 
     @torch.inference_mode()
@@ -74,7 +60,7 @@ class Oracle:
         )
         dtype = torch.promote_types(self.job.dtype, torch.float32)
         model = Reference(self.job.shape, grid, options, narrow=function.slices > 1, dtype=dtype)
-        model.init_weights(self.job.seed)
+        self.job.fill(model)
         logits = model(self.tokens)
         torch.set_num_threads(threads)
         return logits, model.routes

@@ -9,16 +9,15 @@ before each step is not part of it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch.distributed as dist
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor
 
+from helix.study.progress import progress_bar
 from helix.study.statistics import Ratio, ratio_interval, summarize
 from helix.study.table import figure
 
@@ -93,12 +92,13 @@ class Comparison:
         return f"{speed.ratio:.2f} ({speed.ci95[0]:.2f} .. {speed.ci95[1]:.2f})"
 
 
-def alternate(steps: dict[str, Step], rounds: Rounds) -> Spans:
+def alternate(steps: Mapping[str, Callable[[], object]], rounds: Rounds) -> Spans:
     """On every rank: run the steps in turn, and say when each began and ended here."""
     order = list(steps)
     spans: Spans = {name: [] for name in order}
     passes = [order if half == 0 else order[::-1] for _ in range(rounds.rounds) for half in range(2)]
-    with _progress(len(passes)) as advance:
+    with progress_bar(stderr=True) as progress:
+        task = progress.add_task("measuring", total=len(passes))
         for step in steps.values():
             for _ in range(rounds.warmup):
                 step()
@@ -108,7 +108,8 @@ def alternate(steps: dict[str, Step], rounds: Rounds) -> Spans:
                 start = time.monotonic()
                 steps[name]()
                 spans[name].append((start, time.monotonic()))
-            advance()
+            progress.advance(task)
+            progress.refresh()
     return spans
 
 
@@ -120,28 +121,3 @@ def step_ms(ranks: Sequence[Spans]) -> dict[str, list[float]]:
         times = [max(end for _, end in step) - min(start for start, _ in step) for step in steps]
         out[name] = [(there + back) / 2 * 1e3 for there, back in zip(times[::2], times[1::2], strict=True)]
     return out
-
-
-class _progress:
-    """A progress bar on rank 0's terminal, drawn between steps only: a drawing thread would be measured too."""
-
-    def __init__(self, total: int) -> None:
-        columns = (TextColumn("measuring"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self.bar = Progress(*columns, console=Console(stderr=True), auto_refresh=False, transient=True)
-        self.total = total
-
-    def __enter__(self) -> Callable[[], None]:
-        if dist.get_rank() != 0:
-            return lambda: None
-        self.bar.start()
-        task = self.bar.add_task("measuring", total=self.total)
-
-        def advance() -> None:
-            self.bar.advance(task)
-            self.bar.refresh()
-
-        return advance
-
-    def __exit__(self, *_: object) -> None:
-        if dist.get_rank() == 0:
-            self.bar.stop()

@@ -21,7 +21,7 @@ from scipy import optimize
 
 from helix.command.sweep import SweepJob, report_of
 from helix.config.methods import from_name
-from helix.config.schema import ITEMSIZE, InferConfig, expert_parallel, to_shape
+from helix.config.schema import ITEMSIZE, InferConfig, expert_parallel, to_options, to_shape
 from helix.partition.grid import Grid
 from helix.partition.options import AttentionOptions
 from helix.partition.schedules import SCHEDULES, refusal
@@ -182,9 +182,7 @@ def _is_one_line_each(points: Sequence[Point]) -> bool:
 def _cost(settings: InferConfig, method: dict[str, Any]) -> TransformerCost:
     """Closed forms of a job's method; baselines have the main one's options."""
     layout, main = from_name(method["name"]), settings.parallel
-    options = AttentionOptions(
-        method["schedule"]["prefill"], main.aggregate, main.concat, main.projection, main.residual
-    )
+    options = to_options(main, method["schedule"]["prefill"])
     work, itemsize = settings.workload, ITEMSIZE[settings.precision]
     ep_size = expert_parallel(settings.model, layout)
     grid, batch = Grid(method["m"], method["n"]), work.batch_size // method["data"]

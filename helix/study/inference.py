@@ -20,8 +20,10 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Trainer
 
+from helix.checkpoint.agree import from_rank_0
+from helix.checkpoint.restoring import open_checked
 from helix.comm.launch import launch
-from helix.config.environment import resolve_device, started
+from helix.config.environment import local_ranks, resolve_device, speaks
 from helix.config.methods import baselines_of, to_name
 from helix.config.schema import (
     ITEMSIZE,
@@ -30,20 +32,20 @@ from helix.config.schema import (
     digest,
     expert_parallel,
     to_grid,
+    to_options,
     to_shape,
 )
 from helix.parallel.methods.build import load
 from helix.parallel.methods.method import Job, Layout
 from helix.parallel.strategy import HelixStrategy
 from helix.partition.cost import cheapest_schedule
-from helix.partition.options import AttentionOptions
 from helix.study.measure import BenchmarkModule, Stopwatch, turn_loader
 from helix.study.profile import profiled
-from helix.study.report import Measurement, Refusal, Report, Rival, Tracked, now, write
+from helix.study.report import Checkpoint, Measurement, Refusal, Report, Rival, Tracked, now, write
 from helix.study.results import RankResult, describe, measurement, rival
 from helix.study.table import show
 from helix.study.text import byte_batches, corpus
-from helix.study.tracking import Tracker, track
+from helix.study.tracking import Tracker, track, tracked_at
 
 DTYPES = {"64-true": torch.float64, "32-true": torch.float32, "bf16-true": torch.bfloat16, "16-true": torch.float16}
 # Different batches of text are cycled through, so that a long protocol does not hold all of its tokens at once.
@@ -59,15 +61,14 @@ def run(settings: InferConfig, run_dir: Path) -> None:
         RankError: if a rank was killed.
     """
     began = now()
-    local_ranks = ((here := started()) and here.local_ranks) or settings.parallel.ranks
-    device = resolve_device(settings.device, local_ranks)
+    device = resolve_device(settings.device, local_ranks(settings.parallel.ranks))
     load({each.method for each in _methods(settings)}, settings.model.experts > 0, device)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     measured = launch(
         _rank, settings, run_dir, device, began, time.time(), ranks=settings.parallel.ranks, device=device
     )
     report = measured[0]
-    if report is not None and (here is None or here.rank == 0):
+    if report is not None and speaks():
         show(report)
 
 
@@ -80,7 +81,7 @@ def _rank(settings: InferConfig, run_dir: Path, device: str, began: str, launche
     run_dir.mkdir(parents=True, exist_ok=True)
     with track(settings.logger, run_dir, asdict(settings)) as tracker:
         everyone = _gather(_measure(settings, device, tracker, run_dir))
-        report = _report(settings, began, everyone, _tracked(tracker, run_dir))
+        report = _report(settings, began, everyone, tracked_at(tracker, run_dir))
         write(report, run_dir / "report.json")
         tracker.summary(_headline(report) | {"startup_s": startup_s})
     return report
@@ -93,7 +94,7 @@ def _measure(settings: InferConfig, device: str, tracker: Tracker, run_dir: Path
     layouts = {to_name(each): (each.method, resolve(settings, each)) for each in _methods(settings)}
     module = BenchmarkModule(layouts, job, _tokens(settings))
     watch = Stopwatch(work, tracker)
-    local = _local_devices()
+    local = local_ranks(dist.get_world_size())
     trainer = Trainer(
         strategy=HelixStrategy(to_grid(parallel), parallel.data, parallel.stage),
         accelerator=device,
@@ -125,16 +126,12 @@ def _methods(settings: InferConfig) -> list[ParallelConfig]:
 def _job(settings: InferConfig, device: torch.device) -> Job:
     work = settings.workload
     dtype = DTYPES[settings.precision]
-    return Job(to_shape(settings.model), work.batch_size, work.seq_len, dtype, device, settings.seed)
+    weights = None if settings.ckpt is None else from_rank_0(partial(open_checked, settings.ckpt))
+    return Job(to_shape(settings.model), work.batch_size, work.seq_len, dtype, device, settings.seed, weights)
 
 
 def _own_device(device: str) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else torch.device("cpu")
-
-
-def _local_devices() -> int:
-    here = started()
-    return here.local_ranks if here else dist.get_world_size()
 
 
 def resolve(settings: InferConfig, parallel: ParallelConfig) -> Layout:
@@ -150,7 +147,7 @@ def resolve(settings: InferConfig, parallel: ParallelConfig) -> Layout:
             model.causal,
             ITEMSIZE[settings.precision],
         )
-    options = AttentionOptions(schedule, parallel.aggregate, parallel.concat, parallel.projection, parallel.residual)
+    options = to_options(parallel, schedule)
     ep_size = expert_parallel(model, parallel)
     return Layout(to_grid(parallel), parallel.data, parallel.stage, options, ep_size, parallel.microbatches)
 
@@ -178,14 +175,11 @@ def _gather(found: Found) -> list[Found]:
     return everyone or []
 
 
-def _tracked(tracker: Tracker, run_dir: Path) -> Tracked | None:
-    if tracker.path is None or tracker.mode is None:
-        return None
-    return Tracked(tracker.mode, str(tracker.path.relative_to(run_dir.resolve())), tracker.id)
-
-
 def _report(settings: InferConfig, began: str, everyone: list[Found], tracked: Tracked | None) -> Report:
     main, baselines = _compare(settings, everyone)
+    checkpoint = None
+    if settings.ckpt is not None:
+        checkpoint = Checkpoint(settings.ckpt, open_checked(settings.ckpt).manifest.about.step)
     figures = {name: getattr(main, name) for name in Measurement.__dataclass_fields__}
     return Report(
         **figures,
@@ -197,6 +191,7 @@ def _report(settings: InferConfig, began: str, everyone: list[Found], tracked: T
         workload=asdict(settings.workload),
         precision=settings.precision,
         seed=settings.seed,
+        checkpoint=checkpoint,
         baselines=baselines,
         wandb=tracked,
         settings=digest(settings),

@@ -12,15 +12,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
+from helix.checkpoint.content import CheckpointError
 from helix.comm.record import Span, record
 from helix.config.schema import WorkloadConfig
 from helix.parallel.methods.method import Job, Layout, Method
 from helix.parallel.strategy import HelixStrategy
 from helix.study.accuracy import Oracle
+from helix.study.progress import progress_bar
 from helix.study.tracking import Tracker
 from helix.study.trial import Refused, Trial, try_out
 from helix.study.turns import Kind, Turn, take_turns
@@ -59,6 +60,8 @@ class BenchmarkModule(LightningModule):
             try:
                 self.methods[name], self.trials[name] = try_out(kind, layout, self.job, tokens, oracle, mesh)
             except Refused as refused:
+                if number == 0 and isinstance(refused.__cause__, CheckpointError):
+                    raise refused.__cause__ from None  # the weights that were asked for, not the method
                 if number == 0:
                     raise RuntimeError(f"{name} cannot run: {refused}") from refused.__cause__
                 self.refusals[name] = str(refused)
@@ -103,7 +106,7 @@ class Stopwatch(Callback):
     def __init__(self, workload: WorkloadConfig, tracker: Tracker) -> None:
         self.workload, self.tracker = workload, tracker
         self.measured: dict[str, Measured] = defaultdict(Measured)
-        self._progress = _progress_bar()
+        self._progress = progress_bar()
         self._recording = ExitStack()
         self._begin = 0.0
         self._metrics: dict[str, float] = {}
@@ -167,18 +170,6 @@ class Stopwatch(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._recording.close()
         self._progress.stop()
-
-
-def _progress_bar() -> Progress:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    # Drawn between steps only: a drawing thread would be measured too.
-    return Progress(*columns, disable=dist.get_rank() != 0, auto_refresh=False)
 
 
 class _Turns(IterableDataset[tuple[Turn, Tensor]]):

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -200,18 +201,33 @@ def _luminance(colour: tuple[float, float, float, float]) -> float:
 
 
 def _caption(chart: Figure, frame: pd.DataFrame) -> None:
-    """Where the figures come from, small, below."""
+    """Where the figures of a sweep's table come from."""
     done = frame[frame["status"] == "done"]
     models = ", ".join(sorted(set(frame["model"])))
     sizes = sorted(set(zip(frame["batch_size"], frame["seq_len"], strict=True)))
     shapes = ", ".join(f"{batch} x {length}" for batch, length in sizes)
-    ranks = sorted(set((done if len(done) else frame)["world_size"]))
+    ranks = machine((done if len(done) else frame)["world_size"])
+    caption(chart, f"model {models}", f"batch x length {shapes}", ranks, days(done["started_at"]))
+
+
+def caption(chart: Figure, *parts: str) -> None:
+    """Say where a chart's figures come from, small, below."""
+    words = "; ".join(part for part in parts if part)
+    wide = round(chart.get_figwidth() * 16.5)  # characters of this size
+    chart.supxlabel(textwrap.fill(words, wide), fontsize=7.5, color=_DARK, x=0.01, ha="left")
+
+
+def machine(world_sizes: Iterable[int]) -> str:
+    """How many ranks the jobs had, and what of this machine."""
+    ranks = sorted(set(world_sizes))
     many = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
-    days = sorted(set(done["started_at"].str.slice(0, 10)))
-    when = " to ".join(dict.fromkeys([days[0], days[-1]])) if days else ""
-    machine = f"{len(os.sched_getaffinity(0))} cores" + (f" and {gpus()} GPUs" if gpus() else "")
-    parts = [f"model {models}", f"batch x length {shapes}", f"{many} ranks on {machine}", when]
-    chart.supxlabel("; ".join(part for part in parts if part), fontsize=7.5, color=_DARK, x=0.01, ha="left")
+    return f"{many} ranks on {len(os.sched_getaffinity(0))} cores" + (f" and {gpus()} GPUs" if gpus() else "")
+
+
+def days(started_at: Iterable[str]) -> str:
+    """The first and the last day of jobs that started then."""
+    found = sorted({time[:10] for time in started_at})
+    return " to ".join(dict.fromkeys([found[0], found[-1]])) if found else ""
 
 
 def save(chart: Figure, path: Path) -> Path:

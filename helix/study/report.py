@@ -33,7 +33,7 @@ class Schedules:
 
 
 @dataclass(frozen=True)
-class Method:
+class MethodLabel:
     """How the model was partitioned: m slices, n head groups, `data` replicas, `stage` pipeline stages."""
 
     name: str
@@ -100,6 +100,14 @@ class Bubble:
 
 
 @dataclass(frozen=True)
+class Checkpoint:
+    """Where the weights come from: a checkpoint's folder, and the optimizer steps behind it."""
+
+    path: str
+    step: int
+
+
+@dataclass(frozen=True)
 class Tracked:
     """Where the W&B run is; `path` is relative to the report's folder."""
 
@@ -156,7 +164,7 @@ class Measurement:
         bubble: of a pipeline.
     """
 
-    method: Method
+    method: MethodLabel
     tokens_per_s: Summary
     step_ms: Summary
     comm_ms_per_token: Summary | None
@@ -180,7 +188,7 @@ class Rival(Measurement):
 class Refusal:
     """A method that did not run, and what it said."""
 
-    method: Method
+    method: MethodLabel
     error: str
 
 
@@ -191,6 +199,7 @@ class Report(Measurement):
     Args:
         started_at: `now()`, taken when the run began.
         parallel, model, hardware, workload: the composed config's groups as plain dicts.
+        checkpoint: whose weights all methods ran with; None for weights drawn from the seed.
         ttft_ms, tpot_ms: generation only: time to the first token, and time per output token.
         baselines: the methods measured beside this one, in the order in which they were named.
         settings: `helix.config.schema.digest` of the configuration.
@@ -204,6 +213,7 @@ class Report(Measurement):
     workload: dict[str, Any]
     precision: str
     seed: int
+    checkpoint: Checkpoint | None = None
     ttft_ms: Summary | None = None
     tpot_ms: Summary | None = None
     baselines: Sequence[Rival | Refusal] = ()

@@ -11,7 +11,7 @@ from helix.config.methods import to_name
 from helix.config.schema import ParallelConfig
 from helix.parallel.methods.method import Layout
 from helix.study.measure import Measured, Recorded
-from helix.study.report import Accuracy, Bubble, Measurement, Memory, Method, Rival, Schedules, Traffic
+from helix.study.report import Accuracy, Bubble, Measurement, Memory, MethodLabel, Rival, Schedules, Traffic
 from helix.study.split import Parts, Step, split
 from helix.study.statistics import Summary, paired, summarize
 from helix.study.trial import Trial
@@ -26,14 +26,14 @@ class RankResult:
     measured: Measured
 
 
-def describe(parallel: ParallelConfig, layout: Layout) -> Method:
+def describe(parallel: ParallelConfig, layout: Layout) -> MethodLabel:
     """A method as reports name it; only Helix has schedules."""
     schedule = layout.options.schedule if parallel.method == "helix" else None
     m, n = layout.grid.m, layout.grid.n
-    return Method(to_name(parallel), m, n, Schedules(schedule), layout.data, layout.stage)
+    return MethodLabel(to_name(parallel), m, n, Schedules(schedule), layout.data, layout.stage)
 
 
-def measurement(method: Method, ranks: Sequence[RankResult], tokens: int) -> Measurement:
+def measurement(method: MethodLabel, ranks: Sequence[RankResult], tokens: int) -> Measurement:
     """The figures of one method from those of all ranks.
 
     Args:

@@ -99,7 +99,7 @@ def summarize(values: Sequence[float]) -> Summary:
         ValueError: with fewer than two runs, which have no interval, or with a value that is not finite.
     """
     runs = _runs(values)
-    mean, sd, half = (float(part) for part in _t_interval(runs))
+    mean, sd, half = (float(part) for part in t_interval(runs))
     low, high = (float(end) for end in _bootstrap_interval(runs))
     cv = sd / abs(mean) if mean else None
     return Summary(tuple(runs.tolist()), mean, sd, (mean - half, mean + half), cv, (low, high))
@@ -113,7 +113,7 @@ def ratio_interval(a: Sequence[float], b: Sequence[float]) -> Ratio:
     Raises:
         ValueError: with unequal lengths, fewer than two pairs, or a value that is not above 0.
     """
-    mean, _, half = _t_interval(_log_ratios(a, b))
+    mean, _, half = t_interval(_log_ratios(a, b))
     return Ratio(math.exp(mean), (math.exp(mean - half), math.exp(mean + half)), len(a))
 
 
@@ -124,7 +124,7 @@ def paired(baseline: Sequence[float], subject: Sequence[float]) -> Paired:
         ValueError: as `ratio_interval`.
     """
     logs = _log_ratios(baseline, subject)
-    mean, sd, _ = (float(part) for part in _t_interval(logs))
+    mean, sd, _ = (float(part) for part in t_interval(logs))
     low, high = (math.exp(end) for end in _bootstrap_interval(logs))
     pairs = len(logs)
     d = _standardized(mean, sd)
@@ -157,7 +157,7 @@ def _log_ratios(a: Sequence[float], b: Sequence[float]) -> Runs:
     return _runs([math.log(x / y) for x, y in zip(a, b, strict=True)])
 
 
-def _t_interval(runs: Runs) -> tuple[Runs, Runs, Runs]:
+def t_interval(runs: Runs) -> tuple[Runs, Runs, Runs]:
     """Mean, standard deviation and half the width of the mean's 95 % t-interval; of each row, if there are rows."""
     count = runs.shape[-1]
     first = runs[..., 0]
@@ -168,7 +168,7 @@ def _t_interval(runs: Runs) -> tuple[Runs, Runs, Runs]:
 
 def _bootstrap_interval(runs: Runs, resamples: int = RESAMPLES) -> tuple[Runs, Runs]:
     """The 95 % percentile bootstrap interval of the mean; of each row, if there are rows."""
-    mean, _, _ = _t_interval(runs)
+    mean, _, _ = t_interval(runs)
     found = stats.bootstrap(
         (runs - mean[..., None],),  # a sum of zeros does not round
         np.mean,
@@ -191,7 +191,7 @@ def _standardized(difference: float, sd: float, size: float = 1.0) -> float | No
 
 
 def _pooled_d(baseline: Runs, subject: Runs) -> float | None:
-    (slow, slow_sd, _), (fast, fast_sd, _) = _t_interval(baseline), _t_interval(subject)
+    (slow, slow_sd, _), (fast, fast_sd, _) = t_interval(baseline), t_interval(subject)
     pooled = math.sqrt((float(slow_sd) ** 2 + float(fast_sd) ** 2) / 2)
     return _standardized(float(slow - fast), pooled, size=float(max(slow, fast)))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,11 +53,11 @@ def collect(folder: Path, jobs: Sequence[SweepJob], console: Console | None = No
 
     frame, beside = table(jobs), comparisons(jobs)
     folder.mkdir(parents=True, exist_ok=True)
-    files = [*_write(frame, folder / "sweep"), *draw(frame, folder), *draw_growth(jobs, folder)]
+    files = [*write_table(frame, folder / "sweep"), *draw(frame, folder), *draw_growth(jobs, folder)]
     console = console or Console()
     console.print(render(frame, console.width))
     if len(beside):
-        files += [*_write(beside, folder / "baselines"), save(ratios(beside, frame), folder / "ratios.png")]
+        files += [*write_table(beside, folder / "baselines"), save(ratios(beside, frame), folder / "ratios.png")]
         console.print(Text(), _compared(beside), sep="\n")
     console.print(Text(f"{folder}: {', '.join(path.name for path in files)}", style="dim"), soft_wrap=True)
     return frame
@@ -104,7 +104,7 @@ def comparisons(jobs: Sequence[SweepJob]) -> pd.DataFrame:
     )
 
 
-def _write(frame: pd.DataFrame, path: Path) -> list[Path]:
+def write_table(frame: pd.DataFrame, path: Path) -> list[Path]:
     """The table as CSV and as Parquet."""
     files = [path.with_suffix(".csv"), path.with_suffix(".parquet")]
     frame.to_csv(files[0], index=False)
@@ -158,11 +158,15 @@ def render(frame: pd.DataFrame, width: int = 100) -> RenderableType:
     done = frame[frame["status"] == "done"]
     if len(done):
         parts.append(_measured(done, width))
+    return Group(*parts, *unfinished(frame))
+
+
+def unfinished(frame: pd.DataFrame) -> Iterator[RenderableType]:
+    """What was not measured and why, of a table with the columns job, label, status and reason."""
     for status, said in (("skipped", "cannot run here"), ("failed", "failed"), ("open", "not measured")):
         rest = frame[frame["status"] == status]
         if len(rest):
-            parts.append(_reasons(rest, f"{len(rest)} of {len(frame)} jobs {said}"))
-    return Group(*parts)
+            yield _reasons(rest, f"{len(rest)} of {len(frame)} jobs {said}")
 
 
 def _row_names() -> list[str]:

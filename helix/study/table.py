@@ -55,6 +55,8 @@ def _headline(report: Report) -> Text:
     line.append(f"model {report.model['name']}, {report.precision}, ")
     line.append(f"batch {workload['batch_size']} x {workload['seq_len']} tokens, ")
     line.append(f"{len(report.tokens_per_s.runs)} runs of {workload['iterations']} steps, seed {report.seed}")
+    if report.checkpoint is not None:
+        line.append(f"\nweights after {report.checkpoint.step} steps of training: {report.checkpoint.path}")
     return line
 
 

@@ -29,6 +29,8 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from helix.study.report import Tracked
+
 if TYPE_CHECKING:
     from wandb import Run
 
@@ -206,3 +208,10 @@ def _disarm() -> None:
 
 
 os.register_at_fork(before=_hold_signals, after_in_parent=_release_signals, after_in_child=_disarm)
+
+
+def tracked_at(tracker: Tracker, run_dir: Path) -> Tracked | None:
+    """What a report in `run_dir` says of the run; None with `kind: none`."""
+    if tracker.path is None or tracker.mode is None:
+        return None
+    return Tracked(tracker.mode, str(tracker.path.relative_to(run_dir.resolve())), tracker.id)

@@ -12,12 +12,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from helix.checkpoint.content import CheckpointError
 from helix.comm.mesh import Mesh
 from helix.comm.record import record
 from helix.parallel.methods.build import build
 from helix.parallel.methods.method import Job, Layout, Method
+from helix.partition.function import Function, function_of
 from helix.partition.grid import PartitionError
-from helix.study.accuracy import Function, Oracle, function_of, relative_error
+from helix.study.accuracy import Oracle, name_of, relative_error
 from helix.study.memory import PeakMemory
 
 T = TypeVar("T")
@@ -107,12 +109,12 @@ def _agree(error: Exception | None) -> None:
 
 def _words(error: Exception) -> str:
     text = " ".join(str(error).split())
-    return text if isinstance(error, PartitionError) else f"{type(error).__name__}: {text}"
+    return text if isinstance(error, PartitionError | CheckpointError) else f"{type(error).__name__}: {text}"
 
 
 @torch.inference_mode()
 def _check(method: Method, output: Tensor | None, growth: int, tokens: Tensor, oracle: Oracle) -> Trial:
-    function = function_of(method.layout)
+    function = function_of(method.layout.options, method.layout.grid)
     logits = method.whole_logits(output)
     own = method.expected_logits(tokens)
     expected, routes = oracle.answer(function)
@@ -124,7 +126,7 @@ def _check(method: Method, output: Tensor | None, growth: int, tokens: Tensor, o
         method.step(tokens)
     predicted = method.predicted(routes)
     return Trial(
-        reference="own_model_single" if own is not None else function.reference,
+        reference="own_model_single" if own is not None else name_of(function),
         relative_error=_error(logits, own if own is not None else expected),
         relative_error_to_h_heads=to_h_heads,
         executed=dict(+Counter(log.bytes)),  # a receiver has calls, and sends nothing

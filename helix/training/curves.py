@@ -10,18 +10,26 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
+from torch.optim import Optimizer
 
 from helix.comm import transport
 from helix.config.train_schema import TrainConfig
+from helix.parallel.precision import HelixPrecision
 from helix.study.tracking import Tracker
 from helix.training.learner import NATS_PER_BIT, LanguageModel
 
+_OF_STEPS = ("losses", "learning_rates", "gradient_norms", "loss_scales", "skipped_steps")
+
 
 class Curves(Callback):
-    """Records the losses of every step and the time that training took; rank 0 logs them.
+    """Records what every step was like and the time that training took; rank 0 logs it.
 
     Attributes:
         losses: of each optimizer step, in nats a token, the mean over its batches and the data replicas.
+        learning_rates: that each of them was made with.
+        gradient_norms: of each of them, before they were clipped; None where they are not, or where they overflowed.
+        loss_scales: of 16-mixed, after each of them; None in any other precision.
+        skipped_steps: numbers, from 1, of the steps that an overflow made all ranks skip.
         validations: (optimizer step, bits per byte).
         training_s: time spent in training batches; validations are not in it.
     """
@@ -29,10 +37,16 @@ class Curves(Callback):
     def __init__(self, settings: TrainConfig, tracker: Tracker) -> None:
         self.settings, self.tracker = settings, tracker
         self.losses: list[float] = []
+        self.learning_rates: list[float] = []
+        self.gradient_norms: list[float | None] = []
+        self.loss_scales: list[float | None] = []
+        self.skipped_steps: list[int] = []
         self.validations: list[tuple[int, float]] = []
         self.training_s = 0.0
         self.batches = 0
-        self._steps: list[Tensor] = []  # since the last record
+        # Since the last record, which fetches them from the device at once.
+        self._steps: list[Tensor] = []
+        self._norms: list[Tensor | None] = []
         self._began = 0.0
 
     @property
@@ -43,7 +57,10 @@ class Curves(Callback):
         return timed * data.batch_size * data.seq_len / self.training_s if self.training_s else float("nan")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._began = time.monotonic()
+        self._began = _now(pl_module.device)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        self.learning_rates.append(optimizer.param_groups[0]["lr"])  # after the step it is the next one's
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -51,7 +68,7 @@ class Curves(Callback):
         assert isinstance(pl_module, LanguageModel)
         self.batches += 1
         if self.batches > 1:
-            self.training_s += time.monotonic() - self._began
+            self.training_s += _now(pl_module.device) - self._began
         each = self.settings.trainer.accumulate_grad_batches
         if len(pl_module.losses) < each:
             return
@@ -59,6 +76,7 @@ class Curves(Callback):
         pl_module.losses.clear()
         limits = self.settings.trainer
         step = trainer.global_step
+        self._note(step, trainer.precision_plugin)
         last = step >= limits.max_steps or trainer.should_stop
         # A checkpoint holds what is recorded.
         saves = limits.save_every_n_steps is not None and step % limits.save_every_n_steps == 0
@@ -79,11 +97,21 @@ class Curves(Callback):
         self._record(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"losses": list(self.losses), "validations": list(self.validations)}
+        return {name: list(getattr(self, name)) for name in (*_OF_STEPS, "validations")}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.losses = list(state_dict["losses"])
+        for name in _OF_STEPS:
+            setattr(self, name, list(state_dict[name]))
         self.validations = [(step, bits) for step, bits in state_dict["validations"]]
+        self._log(0)  # each W&B run holds the whole curve: those that end with a killed rank may hold nothing
+
+    def _note(self, step: int, plugin: Any) -> None:
+        """What the precision plugin knows of the step that it has just made."""
+        assert isinstance(plugin, HelixPrecision)
+        self._norms.append(plugin.gradient_norm)
+        self.loss_scales.append(None if plugin.scaler is None else plugin.scaler.value)
+        if plugin.scaler is not None and plugin.scaler.overflowed:
+            self.skipped_steps.append(step)
 
     def _record(self, trainer: Trainer, module: LanguageModel) -> None:
         """The steps since the last record: their losses, averaged over the replicas in one exchange for all."""
@@ -93,14 +121,36 @@ class Curves(Callback):
         self._steps.clear()
         if module.mesh.data.size > 1:
             losses = transport.all_reduce(losses, module.mesh.data, "losses") / module.mesh.data.size
-        values = losses.tolist()
-        first = trainer.global_step - len(values) + 1
-        self.losses.extend(values)
-        for step, value in enumerate(values[:-1], first):
-            self.tracker.log({"train/loss": value, "train/bpb": value / NATS_PER_BIT}, step=step)
-        latest = {"train/loss": values[-1], "train/bpb": values[-1] / NATS_PER_BIT, "tokens_per_s": self.tokens_per_s}
-        latest["learning_rate"] = trainer.optimizers[0].param_groups[0]["lr"]
-        self.tracker.log(latest, step=trainer.global_step)
+        before = len(self.losses)
+        self.losses.extend(losses.tolist())
+        self.gradient_norms.extend(
+            float(norm) if norm is not None and norm.isfinite() else None for norm in self._norms
+        )
+        self._norms.clear()
+        self._log(before)
+
+    def _log(self, before: int) -> None:
+        """What is recorded of the steps after so many; of those of an earlier start the validations, too."""
+        bits = {} if self.batches else dict(self.validations)
+        for step in range(before, len(self.losses)):
+            logged = {
+                "train/loss": self.losses[step],
+                "train/bpb": self.losses[step] / NATS_PER_BIT,
+                "learning_rate": self.learning_rates[step],
+                "train/gradient_norm": self.gradient_norms[step],
+                "train/loss_scale": self.loss_scales[step],
+                "tokens_per_s": self.tokens_per_s if step == len(self.losses) - 1 and self.training_s else None,
+                "validation/bpb": bits.get(step + 1),
+            }
+            known = {name: value for name, value in logged.items() if value is not None}
+            self.tracker.log(known, step=step + 1)
+
+
+def _now(device: torch.device) -> float:
+    """The time once the device, which computes behind the CPU's back, has done what it was told so far."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.monotonic()
 
 
 class Bar(Callback):

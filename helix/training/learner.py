@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from helix.checkpoint.asked import fixed
 from helix.comm import transport
 from helix.comm.mesh import Mesh
 from helix.config.schema import expert_parallel, to_shape
 from helix.config.train_schema import OptimizerConfig, TrainConfig
 from helix.models.loss import LoadBalance, cross_entropy
 from helix.models.transformer import Transformer
+from helix.parallel.methods.method import Job, Layout
+from helix.parallel.pipeline import Pipeline, Stream
 from helix.parallel.strategy import HelixStrategy
+from helix.parallel.tensor_parallel import tensor_part
 from helix.partition.options import AttentionOptions
+from helix.partition.shape import TransformerShape
 from helix.study.text import TrainingText
 
 # Of weights; with mixed precision they are kept in fp32.
@@ -49,6 +56,7 @@ class LanguageModel(LightningModule):
         self.losses: list[Tensor] = []
         self.validation_bpb = float("nan")
         self._sums: list[Tensor] = []
+        self._options: list[dict[str, Any]] = []
 
     @property
     def mesh(self) -> Mesh:
@@ -59,26 +67,64 @@ class LanguageModel(LightningModule):
     def configure_model(self) -> None:
         if hasattr(self, "model"):
             return
-        settings = self.settings
-        ep_size, dtype = expert_parallel(settings.model, settings.parallel), DTYPES.get(settings.precision)
-        self.model = Transformer(to_shape(settings.model), self.mesh, self.options, ep_size, dtype or torch.float32)
-        self.model.init_weights(settings.seed)
+        settings, shape = self.settings, to_shape(self.settings.model)
+        ep_size = expert_parallel(settings.model, settings.parallel)
+        dtype = DTYPES.get(settings.precision, torch.float32)
+        if settings.parallel.method == "tensor":
+            self.model: nn.Module = self._tensor_part(shape, ep_size, dtype)
+        else:
+            self.model = Transformer(shape, self.mesh, self.options, ep_size, dtype)
+            self.model.init_weights(settings.seed)
         balanced = settings.model.experts > 0 and settings.auxiliary_weight > 0
-        self.balance = LoadBalance(self.model, self.mesh) if balanced else None
+        self.balance = LoadBalance(self.model, shape, self.mesh) if balanced else None
+        self.pipeline = self._pipeline(shape, dtype) if settings.parallel.stage > 1 else None
+
+    def _tensor_part(self, shape: TransformerShape, ep_size: int, dtype: torch.dtype) -> nn.Module:
+        """This rank's part of PyTorch's tensor parallelism, with the same weights as any other method's."""
+        parallel, data = self.settings.parallel, self.settings.data
+        # Of logits that came out of a DTensor; nothing changes them in place.
+        warnings.filterwarnings("ignore", r"FSDP2-wrapped module .*PlainTransformer\) returned a view", UserWarning)
+        device = self.trainer.strategy.root_device
+        job = Job(shape, data.batch_size, data.seq_len, dtype, device, self.settings.seed)
+        layout = Layout(self.mesh.grid, parallel.data, parallel.stage, self.options, ep_size, parallel.microbatches)
+        return tensor_part(job, layout, self.mesh)
+
+    def _pipeline(self, shape: TransformerShape, dtype: torch.dtype) -> Pipeline:
+        parallel, data = self.settings.parallel, self.settings.data
+        shards = self.mesh.model.size if self.options.residual == "sharded" else 1
+        tokens = data.batch_size // parallel.data // parallel.microbatches * data.seq_len
+        balances = None if self.balance is None else partial(self.balance.losses, tokens)
+        stream = Stream(shape.width, shards, dtype)
+        return Pipeline(self._stage, stream, self.mesh.stage, parallel.microbatches, balances)
+
+    def _stage(self, x: Tensor, targets: Tensor) -> Tensor:
+        """A pipeline stage's share of `forward`; see `helix.parallel.pipeline.Part`."""
+        # x may be a rank's share of the sequence, and attention is on the whole of it.
+        y: Tensor = self.model(x, torch.arange(targets.shape[1], device=targets.device))
+        return self._cross_entropy(y, targets) if self.mesh.stage.rank == self.mesh.stage.size - 1 else y
+
+    def _cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """logits[.., V@model], targets[B, T] -> [B * T]."""
+        return cross_entropy(logits.flatten(0, -2), targets.flatten(), self.settings.model.vocab, self.mesh.model)
 
     def forward(self, batch: Tensor) -> Tensor:
-        """batch[B, T + 1] -> the loss of each token [B * T], in nats."""
-        logits = self.model(batch[:, :-1])
-        return cross_entropy(logits, batch[:, 1:].flatten(), self.model.shape.vocab, self.mesh.model)
+        """batch[B, T + 1] -> the loss of each token [B * T], in nats, the same on all ranks of a replica."""
+        return self._losses(batch)[0]
+
+    def _losses(self, batch: Tensor) -> tuple[Tensor, Tensor | None]:
+        """`forward`, and this rank's summand of the experts' load-balancing loss, if that is trained on."""
+        tokens, targets = batch[:, :-1], batch[:, 1:]
+        if self.pipeline is not None:
+            return self.pipeline(tokens, targets)
+        losses = self._cross_entropy(self.model(tokens), targets)
+        return losses, self.balance.loss(losses.numel()) if self.balance and torch.is_grad_enabled() else None
 
     def training_step(self, batch: Tensor, index: int) -> Tensor:
-        losses = self(batch)
+        losses, balance = self._losses(batch)
         loss = losses.mean()
         self.losses.append(loss.detach())
         self.data_position += 1  # here, since callbacks that save it come before this module's own hooks
-        if self.balance is not None:
-            loss = loss + self.settings.auxiliary_weight * self.balance.loss(losses.numel())
-        return loss
+        return loss if balance is None else loss + self.settings.auxiliary_weight * balance
 
     def on_train_batch_end(self, outputs: Any, batch: Tensor, batch_idx: int) -> None:
         if self.trainer.global_step >= self.settings.trainer.max_steps:
@@ -100,7 +146,24 @@ class LanguageModel(LightningModule):
         optimizer = make_optimizer(self, config)
         steps = self.settings.trainer.max_steps
         schedule = LambdaLR(optimizer, lambda step: lr_factor(step, steps, config))
+        self._options = [
+            {key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups
+        ]
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_fit_start(self) -> None:
+        """What is configured holds, and not what a checkpoint brought back just before."""
+        config, steps = self.settings.optimizer, self.settings.trainer.max_steps
+        (optimizer,), (schedule,) = self.trainer.optimizers, self.trainer.lr_scheduler_configs
+        scheduler = schedule.scheduler
+        assert isinstance(scheduler, LambdaLR)
+        scheduler.base_lrs = [config.lr for _ in self._options]
+        for group, options in zip(optimizer.param_groups, self._options, strict=True):
+            # The rate as `LambdaLR` has it, bit for bit.
+            group.update(options, lr=config.lr * lr_factor(scheduler.last_epoch, steps, config))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["fixed"] = fixed(self.settings)
 
 
 def lr_factor(step: int, max_steps: int, config: OptimizerConfig) -> float:
@@ -118,22 +181,38 @@ def lr_factor(step: int, max_steps: int, config: OptimizerConfig) -> float:
     return config.final_lr_ratio + (1 - config.final_lr_ratio) * (1 + math.cos(math.pi * done)) / 2
 
 
-def make_optimizer(module: torch.nn.Module, config: OptimizerConfig) -> Optimizer:
+def make_optimizer(module: nn.Module, config: OptimizerConfig) -> Optimizer:
     """The optimizer by its config name. Weights are decayed; norms, and whatever else scales features, are not."""
-    groups: dict[tuple[DeviceMesh | None, bool], list[Tensor]] = {}
+    groups: dict[tuple[int, DeviceMesh | None], list[Tensor]] = {}
     for name, parameter in module.named_parameters():
-        decays = not name.endswith("_norm") and parameter.ndim > 1
         mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
-        groups.setdefault((mesh, decays), []).append(parameter)
+        groups.setdefault((_kind(name), mesh), []).append(parameter)
     # `foreach` dispatches once for all of a group's DTensors, which have to be on one mesh, and not once for each:
-    # 3.5 ms a step instead of 11 on one CPU core, for a model of two layers.
+    # 3.5 ms a step instead of 11 on one CPU core, for a model of two layers. Every method has each kind on one mesh,
+    # and so the same groups in the same order, with which a checkpoint of one method goes on in another.
     listed = [
-        {"params": parameters, "weight_decay": config.weight_decay if decays else 0.0}
-        for (_, decays), parameters in groups.items()
+        {"params": groups[kind, mesh], "weight_decay": config.weight_decay if kind in _DECAYED else 0.0}
+        for kind, mesh in sorted(groups, key=lambda each: each[0])
     ]
     if config.name == "sgd":
         return SGD(listed, lr=config.lr, momentum=config.momentum, foreach=True)
     return AdamW(listed, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, foreach=True)
+
+
+_EXPERT, _ROUTER, _HEAD_NORM, _NORM, _ATTENTION, _REST = range(6)
+_DECAYED = (_EXPERT, _ROUTER, _ATTENTION, _REST)
+
+
+def _kind(name: str) -> int:
+    """What a parameter is, by its name, which both transformers have alike."""
+    if ".deepspeed_experts." in name:
+        return _EXPERT
+    if ".gate." in name:
+        return _ROUTER
+    attention = ".attention." in name
+    if "norm" in name:
+        return _HEAD_NORM if attention else _NORM
+    return _ATTENTION if attention else _REST
 
 
 class TrainingBatches:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,8 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from helix.command.sweep import SweepJob, labels, outcome, report_of
-from helix.study.report import Method, Tracked, command, git_commit, plain, versions, write_whole
+from helix.study.report import MethodLabel, Tracked, command, git_commit, plain, versions, write_whole
+from helix.training.resuming import Resumed
 
 
 @dataclass(frozen=True)
@@ -33,18 +32,24 @@ class TrainReport:
     Args:
         steps: optimizer steps that were made; fewer than the trainer's `max_steps` if its `max_time` came first.
         losses: of each of them, in nats a token, before the step; without the experts' load-balancing loss.
+        learning_rates, gradient_norms, loss_scales: of each of them; the norm before clipping, and null without; the
+            scale after the step, and null but in 16-mixed.
+        skipped_steps: their numbers, from 1: those in which some gradient overflowed.
         validations: in the order of their steps; the last one is after the last step.
         validation_bpb: the last one's.
         unigram_entropy_bpb: of the text's bytes: what a model that knows their frequencies alone would need.
         text, text_bytes: what was read, and how much of it.
         tokens_per_s: training tokens of all replicas a second, validations left out.
-        wall_s: from the first batch to the end of the last validation.
+        wall_s: of the Trainer's fit: the model made or loaded, the steps, validations and checkpoints, up to the last
+            of them; of a training that went on, since its ranks were last started.
+        resumed: the times that this training went on, or began again, by `ckpt` or since its ranks were started again;
+            the losses of all its pieces are in `losses`, those of each step once.
         parameters: of the model.
         model, data, optimizer, trainer: the composed config's groups as plain dicts.
         settings: `helix.config.schema.digest` of the configuration.
     """
 
-    method: Method
+    method: MethodLabel
     world_size: int
     started_at: str
     steps: int
@@ -65,6 +70,11 @@ class TrainReport:
     precision: str
     seed: int
     settings: str
+    learning_rates: list[float] = field(default_factory=list)
+    gradient_norms: list[float | None] = field(default_factory=list)
+    loss_scales: list[float | None] = field(default_factory=list)
+    skipped_steps: list[int] = field(default_factory=list)
+    resumed: list[Resumed] = field(default_factory=list)
     wandb: Tracked | None = None
     versions: dict[str, str] = field(default_factory=versions)
     command: str = field(default_factory=command)
@@ -74,6 +84,14 @@ class TrainReport:
 def write(report: TrainReport, path: Path) -> Path:
     """Write `train_report.json`, whole or not at all. What is not finite becomes null: JSON has no infinity."""
     return write_whole(json.dumps(plain(report), indent=2, allow_nan=False) + "\n", path)
+
+
+def draw(report: TrainReport, path: Path) -> Path:
+    """Draw the report's curves."""
+    from helix.study.plots import save
+    from helix.training.plots import draw_run
+
+    return save(draw_run(plain(report)), path)
 
 
 def show(report: TrainReport, console: Console | None = None) -> None:
@@ -91,31 +109,19 @@ def render(report: TrainReport) -> Group:
     return Group(*parts)
 
 
-def collect(folder: Path, jobs: Sequence[SweepJob]) -> None:
-    """A sweep's end: a table of what its trainings reached."""
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    table.add_column(str(folder.name), overflow="fold")
-    for column in ("steps", "validation, bits per byte", "tokens/s"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for label, job in zip(labels(jobs), jobs, strict=True):
-        report = report_of(job.folder, job.settings)
-        if report is None:
-            table.add_row(label, outcome(job).status, "-", "-")
-        else:
-            figures = f"{report['validation_bpb']:.3f}", f"{report['tokens_per_s']:,.0f}"
-            table.add_row(label, str(report["steps"]), *figures)
-    Console().print(table)
-
-
 def _headline(report: TrainReport) -> Text:
     method, data = report.method, report.data
     ranks = "1 rank" if report.world_size == 1 else f"{report.world_size} ranks"
     replicas = f" x {method.data} replicas" if method.data > 1 else ""
     line = Text()
     line.append(method.name, style="bold")
-    line.append(f"  {method.m} slices x {method.n} head groups{replicas}, schedule ")
-    line.append(str(method.schedule.prefill), style="bold")
-    line.append(f", {ranks}\n")
+    if method.schedule.prefill is None:
+        stages = f" x {method.stage} pipeline stages" if method.stage > 1 else ""
+        line.append(f"  tensor parallelism over {method.n} ranks{stages}{replicas}, {ranks}\n")
+    else:
+        line.append(f"  {method.m} slices x {method.n} head groups{replicas}, schedule ")
+        line.append(method.schedule.prefill, style="bold")
+        line.append(f", {ranks}\n")
     line.append(f"model {report.model['name']}, {report.parameters:,} parameters, {report.precision}, ")
     sequences = data["batch_size"] * report.trainer["accumulate_grad_batches"]
     line.append(f"steps of {sequences} x {data['seq_len']} tokens, seed {report.seed}\n")
@@ -145,5 +151,11 @@ def _figures(report: TrainReport) -> Text:
         f" on held-out text, {abs(below):.3f} {'below' if below >= 0 else 'above'} the text's unigram entropy "
     )
     line.append(f"({report.unigram_entropy_bpb:.3f})\n")
-    line.append(f"{report.steps} steps in {report.wall_s:.1f} s, {report.tokens_per_s:,.0f} tokens/s while training")
+    began = report.resumed[-1].step if report.resumed else 0
+    line.append(f"{report.steps - began} steps in {report.wall_s:.1f} s")
+    if not math.isnan(report.tokens_per_s):
+        line.append(f", {report.tokens_per_s:,.0f} tokens/s while training")
+    for piece in report.resumed:
+        went_on = f"went on after step {piece.step}, from {piece.checkpoint}" if piece.checkpoint else "began anew"
+        line.append(f"\n{went_on}{f' ({piece.reason})' if piece.reason else ''}")
     return line

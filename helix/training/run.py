@@ -4,92 +4,102 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch.distributed as dist
 from lightning.pytorch import Callback, Trainer
 
 from helix.comm.launch import launch
-from helix.config.environment import resolve_device, started
+from helix.config.environment import local_ranks, resolve_device, speaks
 from helix.config.methods import to_name
-from helix.config.schema import ITEMSIZE, digest, to_grid, to_shape
+from helix.config.schema import ITEMSIZE, digest, to_grid, to_options, to_shape
 from helix.config.train_schema import TrainConfig, check_enough
 from helix.parallel.checkpoint_callback import HelixCheckpoints
 from helix.parallel.strategy import HelixStrategy
 from helix.partition.cost import cheapest_schedule
 from helix.partition.options import AttentionOptions
-from helix.study.report import Method, Schedules, Tracked, now
+from helix.study.report import MethodLabel, Schedules, Tracked, now
 from helix.study.text import TrainingText, corpus, describe, unigram_entropy
-from helix.study.tracking import Tracker, track
+from helix.study.tracking import Tracker, track, tracked_at
 from helix.training.curves import Bar, Curves
 from helix.training.learner import LanguageModel, TrainingBatches, ValidationBatches
-from helix.training.report import TrainReport, Validation, show, write
+from helix.training.report import TrainReport, Validation, draw, show, write
+from helix.training.resuming import Beginning, Resumed, Resumptions, begin
 
 
 def run(settings: TrainConfig, run_dir: Path) -> None:
-    """Train what was configured and checked; write train_report.json and show its table.
+    """Train what was configured and checked; write train_report.json, draw curves.png and show the table.
 
     Raises:
         ConfigError: if the text is too short.
-        RankError: if a rank was killed.
+        RankError: if a rank was killed, and `max_restarts` are used up.
     """
     began = now()
     text = corpus(settings.data.path, settings.data.limit_bytes)
     check_enough(settings.data, len(text))
-    here = started()
-    device = resolve_device(settings.device, here.local_ranks if here else settings.parallel.ranks)
+    device = resolve_device(settings.device, local_ranks(settings.parallel.ranks))
     if settings.model.experts:
         from helix.models.experts import load_deepspeed
 
         load_deepspeed(device)  # before the ranks are forked, so that they share it
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    reports = launch(_rank, settings, run_dir, device, began, text, ranks=settings.parallel.ranks, device=device)
+    reports = launch(
+        _rank, settings, run_dir, device, began, text,
+        ranks=settings.parallel.ranks, device=device, max_restarts=settings.max_restarts,
+    )  # fmt: skip
     report = reports[0]
-    if report is not None and (here is None or here.rank == 0):
+    if report is not None and speaks():
         show(report)
 
 
 def _rank(settings: TrainConfig, run_dir: Path, device: str, began: str, text: bytes) -> TrainReport | None:
     """What each rank does; rank 0 returns the report."""
-    run_dir = _agreed(run_dir)
+    beginning = begin(settings, run_dir)
     if dist.get_rank() != 0:
-        train(settings, device, text, Tracker(None, None), run_dir)
+        train(settings, device, text, Tracker(None, None), beginning)
         return None
+    run_dir = beginning.run_dir
     run_dir.mkdir(parents=True, exist_ok=True)
     with track(settings.logger, run_dir, asdict(settings)) as tracker:
-        module, curves, wall_s = train(settings, device, text, tracker, run_dir)
-        report = _report(settings, began, text, module, curves, wall_s, _tracked(tracker, run_dir))
+        trained = train(settings, device, text, tracker, beginning)
+        report = _report(settings, began, text, trained, tracked_at(tracker, run_dir))
         write(report, run_dir / settings.REPORT)
+        draw(report, run_dir / "curves.png")
         tracker.summary({"validation_bpb": report.validation_bpb, "tokens_per_s": report.tokens_per_s})
     return report
 
 
-def _agreed(run_dir: Path) -> Path:
-    """Rank 0's folder: the name of a launcher's other ranks' may be a second younger."""
-    said = [run_dir]
-    dist.broadcast_object_list(said)
-    return said[0]
+@dataclass(frozen=True)
+class Trained:
+    """What a training leaves on a rank.
+
+    Args:
+        wall_s: of the Trainer's fit in this start of the ranks; see `TrainReport`.
+        resumed: where it went on from.
+    """
+
+    module: LanguageModel
+    curves: Curves
+    wall_s: float
+    resumed: list[Resumed]
 
 
-def train(
-    settings: TrainConfig, device: str, text: bytes, tracker: Tracker, run_dir: Path
-) -> tuple[LanguageModel, Curves, float]:
-    """Train on the ranks that are running: the module, its curves, and the seconds that it took."""
+def train(settings: TrainConfig, device: str, text: bytes, tracker: Tracker, beginning: Beginning) -> Trained:
+    """Train on the ranks that are running, as `begin` says."""
     parallel, data, limits = settings.parallel, settings.data, settings.trainer
     module = LanguageModel(settings, resolve(settings))
     windows = TrainingText(text, data.batch_size, data.seq_len, settings.seed, data.held_out_every)
     curves = Curves(settings, tracker)
-    callbacks: list[Callback] = [curves, Bar(settings, curves)]
-    if limits.save_every_n_steps is not None or settings.ckpt is not None:
-        # After the curves, whose state it saves.
-        callbacks.append(
-            HelixCheckpoints(
-                run_dir / "checkpoints", limits.save_every_n_steps, limits.keep_checkpoints, resume=settings.ckpt
-            )
+    saves: HelixCheckpoints | None = None
+    if limits.save_every_n_steps is not None or beginning.source is not None:
+        saves = HelixCheckpoints(
+            beginning.checkpoints, limits.save_every_n_steps, limits.keep_checkpoints, resume=beginning.source
         )
-    here = started()
-    local = here.local_ranks if here else dist.get_world_size()
+    resumptions = Resumptions(beginning, saves)
+    # A save comes before the curves start the clock of the next batch.
+    callbacks: list[Callback] = [*([saves] if saves else []), resumptions, curves, Bar(settings, curves)]
+    local = local_ranks(dist.get_world_size())
     trainer = Trainer(
         strategy=HelixStrategy(
             to_grid(parallel),
@@ -97,6 +107,7 @@ def train(
             parallel.stage,
             precision=settings.precision,
             shard_data=parallel.shard_data,
+            scaling=limits.scaling,
         ),
         accelerator=device,
         devices=local,
@@ -117,53 +128,49 @@ def train(
     )
     start = time.monotonic()
     trainer.fit(module, TrainingBatches(windows, module), ValidationBatches(windows, module))
-    return module, curves, time.monotonic() - start
+    return Trained(module, curves, time.monotonic() - start, resumptions.pieces)
 
 
 def resolve(settings: TrainConfig) -> AttentionOptions:
-    """The layers' options, with `schedule=auto` resolved for this batch and length."""
+    """The layers' options, with `schedule=auto` resolved for this batch and length; tensor parallelism has none."""
     model, parallel, data = settings.model, settings.parallel, settings.data
     schedule = parallel.schedule
-    if schedule == "auto":
+    if schedule == "auto" and parallel.method != "tensor":
         itemsize = ITEMSIZE.get(settings.precision, 2)  # a mixed precision's activations are of the narrow one
         batch = data.batch_size // parallel.data
         layout, grid = to_shape(model).layout, to_grid(parallel)
         schedule = cheapest_schedule(layout, grid, batch, data.seq_len, model.causal, itemsize)
-    return AttentionOptions(schedule, parallel.aggregate, parallel.concat, parallel.projection, parallel.residual)
-
-
-def _tracked(tracker: Tracker, run_dir: Path) -> Tracked | None:
-    if tracker.path is None or tracker.mode is None:
-        return None
-    return Tracked(tracker.mode, str(tracker.path.relative_to(run_dir.resolve())), tracker.id)
+    return to_options(parallel, schedule)
 
 
 def _report(
     settings: TrainConfig,
     began: str,
     text: bytes,
-    module: LanguageModel,
-    curves: Curves,
-    wall_s: float,
+    trained: Trained,
     tracked: Tracked | None,
 ) -> TrainReport:
-    parallel, options = settings.parallel, module.options
+    parallel, curves, options = settings.parallel, trained.curves, trained.module.options
+    schedules = Schedules(None if parallel.method == "tensor" else options.schedule)
     validations = [Validation(step, bits) for step, bits in curves.validations]
     return TrainReport(
-        method=Method(
-            to_name(parallel), parallel.m, parallel.n, Schedules(options.schedule), parallel.data, parallel.stage
-        ),
+        method=MethodLabel(to_name(parallel), parallel.m, parallel.n, schedules, parallel.data, parallel.stage),
         world_size=dist.get_world_size(),
         started_at=began,
         steps=len(curves.losses),
         losses=curves.losses,
+        learning_rates=curves.learning_rates,
+        gradient_norms=curves.gradient_norms,
+        loss_scales=curves.loss_scales,
+        skipped_steps=curves.skipped_steps,
         validations=validations,
         validation_bpb=validations[-1].bpb if validations else float("nan"),
         unigram_entropy_bpb=unigram_entropy(text),
         text=describe(settings.data.path),
         text_bytes=len(text),
         tokens_per_s=curves.tokens_per_s,
-        wall_s=wall_s,
+        wall_s=trained.wall_s,
+        resumed=trained.resumed,
         parameters=to_shape(settings.model).parameters(
             options.aggregate == "project", parallel.m * parallel.n if options.projection == "block" else 1
         ),

@@ -13,17 +13,16 @@ from torch import Tensor
 
 from helix.models.experts import load_deepspeed, start_deepspeed
 from helix.models.plain import PlainBlock, PlainTransformer
-from helix.parallel.methods.method import Job, Layout, Method
-from helix.partition import wire
-from helix.partition.grid import PartitionError
+from helix.parallel.methods.library import LibraryTensorParallel
+from helix.parallel.methods.method import Job, Layout
 from helix.partition.shape import TransformerShape
 
 
-class AutoTensorParallel(Method):
+class AutoTensorParallel(LibraryTensorParallel):
     """`autotp16`: `deepspeed.init_inference` with tp_size=16, without kernel injection.
 
     It cuts the blocks and the head and keeps the embedding whole. Heads that n does not divide are dealt unevenly,
-    by key/value heads. Every rank ends up with all logits.
+    by key/value heads.
 
     Raises:
         PartitionError: if there are experts, whose router it would cut like any other layer; or if n is not the
@@ -31,17 +30,12 @@ class AutoTensorParallel(Method):
     """
 
     def __init__(self, job: Job, layout: Layout) -> None:
-        super().__init__(job, layout)
-        n = layout.grid.n
-        if job.shape.experts:
-            raise PartitionError("DeepSpeed's AutoTP runs the dense model only; use model=dense or another method")
-        if n != dist.get_world_size():
-            raise PartitionError(f"AutoTP over {n} ranks needs a launch of {n}, not of {dist.get_world_size()}")
+        super().__init__(job, layout, "DeepSpeed's AutoTP")
         with job.device:
             model = _Named(job.shape, job.dtype).eval()
-            model.init_weights(job.seed)
+            job.fill(model)
         self.model: PlainTransformer = model
-        group = _cut(model, n, job.dtype, job.device.type)
+        group = _cut(model, layout.grid.n, job.dtype, job.device.type)
         self.axes = {group.group_name: "tensor"} if group is not None else {}
 
     @classmethod
@@ -56,16 +50,11 @@ class AutoTensorParallel(Method):
         # Not the engine's own forward: all it adds is an assertion about CUDA graphs.
         return self.model(tokens)
 
-    def whole_logits(self, output: Tensor | None) -> Tensor | None:
-        return None if output is None else output.flatten(0, 1)
-
     def predicted(self, routes: list[Tensor]) -> Counter[str]:
         """An all-reduce after each half block, and one of the logits, since the head is cut over its inputs."""
-        job, n = self.job, self.layout.grid.n
-        tokens, itemsize = job.batch * job.length, job.dtype.itemsize
-        stream = wire.all_reduce(tokens * job.shape.width, n, itemsize)
-        logits = wire.all_reduce(tokens * job.shape.vocab, n, itemsize)
-        return +Counter({"all_reduce/tensor": 2 * job.shape.layers * stream + logits})
+        shape = self.job.shape
+        stream, logits = self.all_reduce_bytes(shape.width), self.all_reduce_bytes(shape.vocab)
+        return +Counter({"all_reduce/tensor": 2 * shape.layers * stream + logits})
 
     def predicted_weight_bytes(self) -> int:
         shape, n = self.job.shape, self.layout.grid.n

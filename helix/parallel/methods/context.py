@@ -1,4 +1,4 @@
-"""PyTorch's own context parallelism: the weights on every rank, the sequence cut over all of them."""
+"""PyTorch's own context parallelism."""
 
 from __future__ import annotations
 
@@ -9,15 +9,12 @@ from torch import Tensor
 from torch.distributed.tensor.experimental import context_parallel
 from torch.distributed.tensor.experimental._attention import context_parallel_unshard
 
-from helix.comm.mesh import Mesh
-from helix.models.plain import PlainTransformer
-from helix.parallel.methods.experts import expert_layers
-from helix.parallel.methods.method import Job, Layout, Method
-from helix.partition import rivals, wire
-from helix.partition.grid import Grid, PartitionError
+from helix.parallel.methods.method import Job, Layout
+from helix.parallel.methods.sequence import SequenceMethod
+from helix.partition import wire
 
 
-class ContextParallel(Method):
+class ContextParallel(SequenceMethod):
     """`cp16`. Keys and values go round (PyTorch's default: one all-gather), partial results are merged.
 
     Where 2n divides the length PyTorch deals each rank one chunk from the sequence's head and one from its tail, so
@@ -29,19 +26,7 @@ class ContextParallel(Method):
     """
 
     def __init__(self, job: Job, layout: Layout) -> None:
-        super().__init__(job, layout)
-        n = layout.grid.n
-        if job.length % n:
-            raise PartitionError(
-                f"context parallelism over {n} ranks needs a length that they divide, not {job.length}"
-            )
-        self.ranks = Mesh(Grid(1, n), device_type=job.device.type)
-        self.sequence = self.ranks.flat
-        self.axes = {self.sequence.get_group().group_name: "sequence"}
-        with job.device:
-            experts = expert_layers(job, self.ranks, layout.ep_size, sharded=True)
-            self.model: PlainTransformer = PlainTransformer(job.shape, job.dtype, experts).eval()
-            self.model.init_weights(job.seed)
+        super().__init__(job, layout, "context parallelism")
 
     def step(self, tokens: Tensor) -> Tensor:
         # PyTorch cuts these in place to the rank's own share, in whatever order it deals them.
@@ -66,6 +51,3 @@ class ContextParallel(Method):
         shard = 2 * job.batch * job.length // n * job.shape.attention_width
         gathered = wire.all_gather(shard, n, job.dtype.itemsize)
         return +Counter({"all_gather/sequence": job.shape.layers * gathered})
-
-    def predicted_weight_bytes(self) -> int:
-        return rivals.replica_weight_bytes(self.job.shape, self.job.dtype.itemsize, self.layout.ep_size)

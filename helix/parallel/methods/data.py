@@ -36,7 +36,7 @@ class DataParallel(Method):
         with job.device:
             experts = expert_layers(job, replicas, layout.ep_size, sharded=True)
             self.model: PlainTransformer = PlainTransformer(job.shape, job.dtype, experts)
-            self.model.init_weights(job.seed)
+            job.fill(self.model)
 
     def step(self, tokens: Tensor) -> Tensor | None:
         own = tokens.tensor_split(self.layout.data)[self.rank]

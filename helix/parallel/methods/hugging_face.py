@@ -17,31 +17,31 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from helix.models.experts import load_deepspeed
-from helix.parallel.methods.method import Job, Layout, Method
+from helix.parallel.methods.library import LibraryTensorParallel
+from helix.parallel.methods.method import Job, Layout
 from helix.partition import wire
 from helix.partition.grid import PartitionError, shard_range
 from helix.partition.shape import TransformerShape
 
 
-class HuggingFace(Method):
+class HuggingFace(LibraryTensorParallel):
     """`hf_tp16`: a Llama with random weights, loaded with the tensor parallel plan that transformers has for it.
 
     Llama's MLP has three matrices, so its hidden width is 2/3 of the shape's: the same parameters and FLOPs, up to
     rounding to a multiple of n. It is another function, so its logits are compared with its own on one device.
 
     Raises:
-        PartitionError: if the shape is no Llama's, or n is not the number of ranks of the launch.
+        PartitionError: if the shape is no Llama's, or its weights are to be a checkpoint's, or n is not the number
+            of ranks of the launch.
     """
 
     def __init__(self, job: Job, layout: Layout) -> None:
-        super().__init__(job, layout)
+        super().__init__(job, layout, "transformers' tensor parallelism")
         n = layout.grid.n
-        if job.shape.experts:
-            raise PartitionError("transformers' Llama is dense; use model=dense or another method")
         if not (job.shape.causal and job.shape.rope) or job.shape.qk_norm:
             raise PartitionError("transformers' Llama is causal, with rotary embeddings and without QK-norm")
-        if n != dist.get_world_size():
-            raise PartitionError(f"hf_tp over {n} ranks needs a launch of {n}, not of {dist.get_world_size()}")
+        if job.weights is not None:
+            raise PartitionError("transformers' Llama has an MLP of three matrices, and the checkpoint's have two")
         self.load(job.device.type)
         from transformers import LlamaForCausalLM
         from transformers.distributed import DistributedConfig
@@ -104,17 +104,13 @@ class HuggingFace(Method):
         logits: Tensor = self.model(tokens, use_cache=False).logits
         return logits
 
-    def whole_logits(self, output: Tensor | None) -> Tensor | None:
-        return None if output is None else output.flatten(0, 1)
-
     def predicted(self, routes: list[Tensor]) -> Counter[str]:
         """An all-reduce after the embedding and each half block, and an all-gather of the logits."""
         job, n = self.job, self.layout.grid.n
-        tokens, itemsize = job.batch * job.length, job.dtype.itemsize
-        stream = wire.all_reduce(tokens * job.shape.width, n, itemsize)
+        sums = (2 * job.shape.layers + 1) * self.all_reduce_bytes(job.shape.width)
         # The last ranks' shares of an uneven vocabulary are padded.
-        logits = wire.all_gather(tokens * -(-job.shape.vocab // n), n, itemsize)
-        return +Counter({"all_reduce/tensor": (2 * job.shape.layers + 1) * stream, "all_gather/tensor": logits})
+        logits = wire.all_gather(job.batch * job.length * -(-job.shape.vocab // n), n, job.dtype.itemsize)
+        return +Counter({"all_reduce/tensor": sums, "all_gather/tensor": logits})
 
     def predicted_weight_bytes(self) -> int:
         shape, n = self.job.shape, self.layout.grid.n

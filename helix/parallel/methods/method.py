@@ -11,8 +11,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from helix.checkpoint.restoring import Opened
 from helix.comm.mesh import Mesh
 from helix.comm.observe import observe
+from helix.models.plain import PlainTransformer
+from helix.models.reference import Reference
+from helix.models.transformer import Transformer
 from helix.partition.grid import Grid
 from helix.partition.options import AttentionOptions
 from helix.partition.shape import TransformerShape
@@ -28,6 +32,7 @@ class Job:
         batch, length: B and T of one step over all ranks.
         dtype, device: of parameters and activations; device is this rank's.
         seed: of the weights; every method draws the same ones.
+        weights: a checkpoint to take them from instead.
     """
 
     shape: TransformerShape
@@ -36,6 +41,18 @@ class Job:
     dtype: torch.dtype
     device: torch.device
     seed: int
+    weights: Opened | None = None
+
+    def fill(self, model: PlainTransformer | Reference | Transformer) -> None:
+        """Give a model its weights: a partitioned one its part of them. Moves nothing.
+
+        Raises:
+            CheckpointError: if they are of another model, or were trained as another function of it.
+        """
+        if self.weights is None:
+            model.init_weights(self.seed)
+        else:
+            self.weights.fill(model)
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ class Partitioned(Method):
             self.model: Transformer = Transformer(
                 job.shape, mesh or self.mesh(), layout.options, layout.ep_size, job.dtype
             )
-        self.model.init_weights(job.seed)
+        job.fill(self.model)
 
     def step(self, tokens: Tensor) -> Tensor:
         return self.model(tokens.chunk(self.layout.data)[self.model.mesh.data.rank])

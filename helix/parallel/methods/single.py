@@ -24,7 +24,7 @@ class Single(Method):
         if dist.get_rank() == 0:
             with job.device:
                 self.model = PlainTransformer(job.shape, job.dtype)
-                self.model.init_weights(job.seed)
+                job.fill(self.model)
 
     def step(self, tokens: Tensor) -> Tensor | None:
         if self.model is None:

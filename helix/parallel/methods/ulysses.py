@@ -1,4 +1,4 @@
-"""DeepSpeed-Ulysses: the weights on every rank, the sequence cut over all of them, whole heads inside attention."""
+"""DeepSpeed-Ulysses: the sequence cut over all ranks, whole heads inside attention."""
 
 from __future__ import annotations
 
@@ -9,14 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from helix.comm.mesh import Mesh
 from helix.models.experts import load_deepspeed, start_deepspeed
-from helix.models.plain import Core, PlainBlock, PlainTransformer
-from helix.parallel.methods.experts import expert_layers
-from helix.parallel.methods.method import Job, Layout, Method
+from helix.models.plain import Core, PlainBlock
+from helix.parallel.methods.method import Job, Layout
+from helix.parallel.methods.sequence import SequenceMethod
 from helix.parallel.methods.tensor import by_sequence
-from helix.partition import rivals
-from helix.partition.grid import Grid, PartitionError
 from helix.partition.shape import TransformerShape
 from helix.partition.transformer_cost import expert_bytes
 
@@ -24,7 +21,7 @@ from helix.partition.transformer_cost import expert_bytes
 Distributed = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 
 
-class Ulysses(Method):
+class Ulysses(SequenceMethod):
     """`ulysses16`: an all-to-all each of q, k and v from sequence to heads, and one of o back.
 
     Rank r has tokens r * T / n and following. Keys and values move unrepeated where there are at least n
@@ -36,19 +33,10 @@ class Ulysses(Method):
     """
 
     def __init__(self, job: Job, layout: Layout) -> None:
-        super().__init__(job, layout)
-        n = layout.grid.n
-        if job.length % n:
-            raise PartitionError(f"Ulysses over {n} ranks needs a length that they divide, not {job.length}")
-        self.ranks = Mesh(Grid(1, n), device_type=job.device.type)
-        group = self.ranks.flat.get_group()
-        self.axes = {group.group_name: "sequence"}
-        self.rank = self.ranks.flat.get_local_rank()
-        with job.device:
-            experts = expert_layers(job, self.ranks, layout.ep_size, sharded=True)
-            self.model: PlainTransformer = PlainTransformer(job.shape, job.dtype, experts).eval()
-            self.model.init_weights(job.seed)
-        for block in self.model.blocks:
+        super().__init__(job, layout, "Ulysses")
+        n, group = layout.grid.n, self.sequence.get_group()
+        self.rank = self.sequence.get_local_rank()
+        for block in self.model.blocks.values():
             assert isinstance(block, PlainBlock)
             if job.shape.kv_heads >= n:
                 block.attention.queries_per_kv = 1  # not repeated before they are sent
@@ -75,9 +63,6 @@ class Ulysses(Method):
             capacities = self.capacities([by_sequence(each, job.batch, n) for each in routes], n, self.rank)
             out += expert_bytes(job.shape, self.layout.ep_size, capacities, job.dtype.itemsize)
         return +out
-
-    def predicted_weight_bytes(self) -> int:
-        return rivals.replica_weight_bytes(self.job.shape, self.job.dtype.itemsize, self.layout.ep_size)
 
 
 def all_to_all_bytes(shape: TransformerShape, n: int, rank: int, tokens: int, itemsize: int) -> int:

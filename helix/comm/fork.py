@@ -1,0 +1,242 @@
+"""Ranks forked on this machine by torch elastic, which starts all of them again when one was killed."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import logging
+import os
+import pickle
+import signal
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import active_children, get_context
+from multiprocessing.synchronize import Event
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+from torch.distributed.elastic.rendezvous import RendezvousParameters
+from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
+
+from helix.comm.process_group import ProcessGroup
+
+T = TypeVar("T")
+_PR_SET_PDEATHSIG = 1
+_KILLED = "HELIX_KILLED"  # in a rank's environment: why the ranks before it were stopped
+
+
+class RankError(RuntimeError):
+    """A rank that ended without raising, such as one that was killed."""
+
+    def __init__(self, rank: int, reason: str) -> None:
+        super().__init__(f"rank {rank} {reason}; the other ranks were stopped")
+        self.rank = rank
+
+
+@dataclass(frozen=True)
+class _Round:
+    """What the ranks of one start share, and those of the next must not find as they left it.
+
+    Args:
+        errors: folder of what they raised.
+        all_forked: set when the last of them is there.
+        killed: why the ranks before them were stopped; empty on the first start.
+        parent: the launcher's process.
+    """
+
+    errors: Path
+    all_forked: Event
+    killed: str
+    parent: int
+
+
+class _Agent(LocalElasticAgent):
+    """Torch elastic's agent, but for which failures it restarts.
+
+    A rank that was killed, or ended without raising, may do better next time. One that raised would raise again:
+    same data, same weights, same random numbers. Its error ends the launch, as the last death does.
+    """
+
+    def __init__(self, spec: WorkerSpec, folder: Path) -> None:
+        super().__init__(spec, DefaultLogsSpecs(str(folder)), start_method="fork", uninterruptible_state_timeout=0)
+        self._folder, self._args, self._killed = folder, spec.args, ""
+
+    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+        errors = Path(tempfile.mkdtemp(prefix="errors-", dir=self._folder))
+        self._round = _Round(errors, get_context("fork").Event(), self._killed, os.getpid())
+        worker_group.spec.args = (*self._args, self._round)
+        pids: dict[int, Any] = super()._start_workers(worker_group)
+        return pids
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        result: RunResult = super()._monitor_workers(worker_group)
+        if result.is_failed():  # and all ranks have been stopped
+            error = _first_error(result.failures, self._round.errors)
+            if not isinstance(error, RankError) or self._remaining_restarts == 0:
+                raise error
+            self._killed = str(error)
+        return result
+
+
+def fork(
+    fn: Callable[..., T], args: tuple[Any, ...], ranks: int, device: str, timeout_s: float, max_restarts: int
+) -> list[T]:
+    """Run `fn(*args)` on forked ranks and return each rank's result; see `helix.comm.launch.launch`."""
+    # All ranks are on this machine. Gloo would otherwise look up the host's name, on every rank, and a slow
+    # name server then holds up the start.
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
+    # Torch elastic reports a failure in three screens of log; ours is one sentence, raised below.
+    for name in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    with tempfile.TemporaryDirectory(prefix="helix-launch-") as folder:
+        spec = WorkerSpec(
+            role="rank",
+            local_world_size=ranks,
+            entrypoint=_rank_main,
+            args=(fn, args, device, timeout_s),
+            rdzv_handler=get_rendezvous_handler(
+                RendezvousParameters(
+                    backend="c10d",
+                    endpoint="localhost:0",
+                    run_id=f"helix-{os.getpid()}",
+                    min_nodes=1,
+                    max_nodes=1,
+                    local_addr="127.0.0.1",
+                )
+            ),
+            max_restarts=max_restarts,
+            monitor_interval=0.1,
+            local_addr="127.0.0.1",
+        )
+        try:
+            with _no_collection(), _own_handlers(), _none_left():
+                results = _Agent(spec, Path(folder)).run().return_values
+        except SignalException as stopped:
+            if stopped.sigval == signal.SIGINT:
+                raise KeyboardInterrupt from None
+            raise SystemExit(128 + stopped.sigval) from None
+        finally:
+            spec.rdzv_handler.shutdown()
+    return [results[rank] for rank in range(ranks)]
+
+
+def killed() -> str:
+    """Why the ranks before this one were stopped, in a rank that was forked in their place; empty elsewhere."""
+    return os.environ.get(_KILLED, "")
+
+
+def _rank_main(fn: Callable[..., T], args: tuple[Any, ...], device: str, timeout_s: float, this: _Round) -> T:
+    rank = int(os.environ["RANK"])
+    gc.freeze()  # see _no_collection
+    gc.enable()
+    # The launcher's Python handlers came along with the fork. A rank that waits inside a collective runs no
+    # Python, so it would outlive SIGTERM until elastic's SIGKILL, 30 s later.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    _die_with(this.parent)
+    os.environ[_KILLED] = this.killed
+    # A rank that connects has the launcher's store thread look up its address, under a lock of the C library. A
+    # rank forked at that moment would inherit the lock, held for ever; so none connects before the last is forked.
+    if int(os.environ["LOCAL_RANK"]) == int(os.environ["LOCAL_WORLD_SIZE"]) - 1:
+        this.all_forked.set()
+    this.all_forked.wait()
+    try:
+        with ProcessGroup(device, timeout_s):
+            return fn(*args)
+    except Exception as error:
+        _keep(error, f"on rank {rank}:\n{traceback.format_exc()}", this.errors / f"{rank}.pickle")
+        # If this is only the echo of a rank that was killed, let elastic see that one first; it reports one.
+        time.sleep(0.5)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # Not through the interpreter's end: gloo's threads are still waiting for the others, and crash in it.
+        os._exit(1)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """No garbage collection between here and a rank's first line.
+
+    What a rank inherits and no longer needs, such as the store of an earlier launch, must not be destroyed in it:
+    the destructor would wait for a thread that only the launcher has (seen: ranks that hung or crashed at start).
+    """
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@contextmanager
+def _own_handlers() -> Iterator[None]:
+    """Put back the signal handlers that elastic's agent replaces and leaves."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+    handlers = [(number, signal.getsignal(number)) for number in numbers]
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in handlers:
+                signal.signal(number, handler)
+
+
+@contextmanager
+def _none_left() -> Iterator[None]:
+    """Kill what is left of the ranks: elastic does not know of those that a signal to it kept it from counting."""
+    before = set(active_children())
+    try:
+        yield
+    finally:
+        for process in set(active_children()) - before:
+            process.kill()
+            process.join()
+
+
+def _die_with(parent: int) -> None:
+    """Have the kernel kill this rank when its launcher dies, however it dies."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it died before the call
+            os._exit(1)
+
+
+def _keep(error: Exception, note: str, path: Path) -> None:
+    """Put the error where the launcher finds it; one that does not pickle as its text."""
+    try:
+        error.add_note(note)
+        content = pickle.dumps(error)
+        pickle.loads(content)
+    except Exception:
+        plain = RuntimeError(f"{type(error).__name__}: {error}")
+        plain.add_note(note)
+        content = pickle.dumps(plain)
+    draft = path.with_suffix(".draft")
+    draft.write_bytes(content)
+    draft.rename(path)  # this rank may be stopped at any time
+
+
+def _first_error(failures: Mapping[int, ProcessFailure], errors: Path) -> BaseException:
+    """The error that began it: a rank that died without raising, before the connections that broke because of it."""
+    for rank, failure in sorted(failures.items()):
+        if failure.exitcode < 0:
+            return RankError(rank, f"was killed by {signal.Signals(-failure.exitcode).name}")
+        if not (errors / f"{rank}.pickle").exists():
+            return RankError(rank, f"ended with exit code {failure.exitcode}")
+    first = min(errors.glob("*.pickle"), key=lambda path: path.stat().st_mtime_ns)
+    error: BaseException = pickle.loads(first.read_bytes())
+    return error

@@ -1,0 +1,46 @@
+"""What the README shows runs as it stands there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from helix import launch
+
+README = Path(__file__).resolve().parent.parent / "README.md"
+
+
+def _train(code: str) -> list[float]:
+    """The README's script on this rank, its own launch left to the test: sums of the layer's weights, trained."""
+    seen: list[Any] = []
+    script: dict[str, Any] = {"__name__": "readme"}
+    exec(compile(code, str(README), "exec"), script)
+    lit = script["Lit"]
+
+    class Kept(lit):
+        def on_train_end(self) -> None:
+            seen.extend([float(self.embedding.weight.double().sum()), *map(float, self.losses)])
+
+        def training_step(self, batch: Any, index: int) -> Any:
+            loss = super().training_step(batch, index)
+            self.losses = [*getattr(self, "losses", []), loss.detach()]
+            return loss
+
+    script["Lit"] = Kept
+    script["train"]()
+    return seen
+
+
+@pytest.mark.filterwarnings("ignore")  # Lightning's advice on loggers and workers, which a reader sees as well
+def test_the_lightning_module_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # Lightning logs to the current folder
+    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    results = launch(_train, code, ranks=4, timeout_s=30)
+    weights, *losses = results[0]
+    assert len(losses) == 8
+    assert all(torch.isfinite(torch.tensor([weights, *losses])))
+    assert results == [results[0]] * 4
