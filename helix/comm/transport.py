@@ -4,6 +4,8 @@ On NCCL each is the library's own call. On gloo each is built from one direct ex
 all-reduce, reduce-scatter and all-gather are rings of p - 1 dependent steps, and where more ranks than cores
 share a machine every step costs a context switch of every rank. The bytes are the same. Measured on 16 ranks
 of 2 cores, 4 MiB: all-reduce 146 ms, exchange + local sum + exchange 55 ms (paper/LOG.md, 2026-11-22).
+Small ones go through shared memory instead, where the ranks share a host (`helix.comm.shared_memory`). They are
+counted by the same convention, as if a wire were there.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from helix.comm.mesh import Axis
 from helix.comm.record import counted
+from helix.comm.shared_memory import slots_for
 from helix.partition import wire
 
 # torch 2.13 renamed these two and deprecated the old names; torch 2.11 has only the old ones.
@@ -53,6 +56,24 @@ def all_to_all(x: Tensor, axis: Axis, send: list[int], receive: list[int], name:
     return counted(f"all_to_all/{name}", nbytes, x.device, axis.group, lambda: _exchange(x, axis, send, receive))
 
 
+def all_to_all_even(x: Tensor, axis: Axis, name: str) -> Tensor:
+    """x[P, ..] -> [P, ..]: the r-th of the axis' P ranks gets x[r], and x[r] comes from it.
+
+    Unlike `all_to_all`, whose sizes one rank does not know of another, it may go through shared memory.
+    """
+    x = x.contiguous()
+    nbytes = wire.all_to_all(x.numel(), x[0].numel(), x.element_size())
+    return counted(f"all_to_all/{name}", nbytes, x.device, axis.group, lambda: _even_exchange(x, axis))
+
+
+def _even_exchange(x: Tensor, axis: Axis) -> Tensor:
+    if slots := slots_for(x, axis):
+        return slots.exchange(x)[:, axis.rank].clone()
+    out = torch.empty_like(x)
+    dist.all_to_all_single(out, x, group=axis.group)
+    return out
+
+
 def _exchange(x: Tensor, axis: Axis, send: list[int], receive: list[int]) -> Tensor:
     out = x.new_empty((sum(receive), *x.shape[1:]))
     dist.all_to_all_single(out, x, receive, send, group=axis.group)
@@ -60,6 +81,8 @@ def _exchange(x: Tensor, axis: Axis, send: list[int], receive: list[int]) -> Ten
 
 
 def _all_gather(shard: Tensor, axis: Axis) -> Tensor:
+    if slots := slots_for(shard, axis):
+        return slots.exchange(shard).clone().flatten(0, 1)
     out = shard.new_empty((axis.size * shard.shape[0], *shard.shape[1:]))
     if axis.exchanges:
         copies = shard.expand(axis.size, *shard.shape).contiguous().view(out.shape)
@@ -71,9 +94,7 @@ def _all_gather(shard: Tensor, axis: Axis) -> Tensor:
 
 def _reduce_scatter(whole: Tensor, axis: Axis) -> Tensor:
     if axis.exchanges:
-        shares = torch.empty_like(whole)
-        dist.all_to_all_single(shares, whole, group=axis.group)
-        return shares.view(axis.size, whole.shape[0] // axis.size, *whole.shape[1:]).sum(0)
+        return _even_exchange(whole.unflatten(0, (axis.size, -1)), axis).sum(0)
     out = whole.new_empty((whole.shape[0] // axis.size, *whole.shape[1:]))
     _reduce_scatter_into(out, whole, group=axis.group)
     return out
@@ -84,6 +105,8 @@ def _all_reduce(partial: Tensor, axis: Axis) -> Tensor:
         out = partial.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(out, group=axis.group)
         return out
+    if slots := slots_for(partial, axis):
+        return slots.exchange(partial).sum(0)
     flat = partial.reshape(-1)
     padding = -flat.numel() % axis.size
     if padding:
