@@ -134,8 +134,7 @@ def _merge(out: Tensor, top: Tensor, total: Tensor, axis: Axis) -> Tensor:
     x, width = out.shape[0], out.shape[1] // axis.size
     slices = out.view(x, axis.size, width).transpose(0, 1)
     packed = torch.cat([slices, torch.cat([top, total], -1).expand(axis.size, x, 2)], -1)
-    ones = [1] * axis.size
-    received = transport.all_to_all(packed, axis, ones, ones, "attention.merge")
+    received = transport.all_to_all_even(packed, axis, "attention.merge")
     outs, tops, totals = received.split([width, 1, 1], -1)
     weight = torch.exp(tops - tops.amax(0))
     return (outs * weight).sum(0) / (totals * weight).sum(0)

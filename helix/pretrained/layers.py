@@ -13,10 +13,6 @@ from helix.comm import collectives
 from helix.comm.mesh import Axis
 
 
-# Of a partial sum, up to which the latency of a collective counts and its bytes do not.
-DIRECT_BYTES = 16384
-
-
 class Part(nn.Module):
     """A linear layer's part.
 
@@ -49,11 +45,7 @@ class Rows(Part):
 
     def forward(self, x: Tensor) -> Tensor:
         partial = self.linear(x, None)
-        if not torch.is_grad_enabled() and partial.nbytes <= DIRECT_BYTES and self.axis.exchanges:
-            # One exchange instead of two; every rank adds up the same summands in the same order.
-            y = collectives.all_gather(partial.unsqueeze(0), self.axis, f"{self.name}.leave").sum(0)
-        else:
-            y = collectives.reduce(partial, self.axis, f"{self.name}.leave")
+        y = collectives.reduce(partial, self.axis, f"{self.name}.leave")
         return y if self.bias is None else y + self.bias
 
 
