@@ -22,7 +22,8 @@ class Axis:
         size: number of ranks along it.
         rank: this rank's index along it.
         group: their process group; None where size is 1, which no collective then touches.
-        exchanges: whether collectives are built from one direct exchange (see `helix.comm.transport`).
+        exchanges: whether collectives are built from one direct exchange, over gloo or through shared memory (see
+            `helix.comm.transport`).
     """
 
     name: str

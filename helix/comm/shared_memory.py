@@ -109,7 +109,7 @@ def slots_for(x: Tensor, axis: Axis) -> Slots | None:
 
     The first call for a group is collective, as the exchange is that follows it.
     """
-    if not axis.exchanges or x.nbytes > SLOT_BYTES or not x.nbytes:
+    if not axis.exchanges or not x.is_cpu or not 0 < x.nbytes <= SLOT_BYTES:
         return None
     group = axis.group
     assert group is not None
