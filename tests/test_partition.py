@@ -19,7 +19,13 @@ from helix.partition.schedules import (
     refusal,
     row_chunks,
 )
-from helix.partition.shape import TransformerShape, check_ends, check_expert_parallel, default_expert_parallel
+from helix.partition.shape import (
+    TransformerShape,
+    check_ends,
+    check_expert_parallel,
+    check_routing,
+    default_expert_parallel,
+)
 
 sizes = st.integers(1, 8)
 
@@ -139,7 +145,8 @@ def test_the_listed_grids_are_the_ones_that_pass(ranks: int, partition: tuple[Gr
         (lambda: HeadLayout(6, 4, 8), "kv_heads=4 does not divide heads=6; legal kv_heads: [1, 2, 3, 6]"),
         (lambda: HeadLayout(2, 2, 7, rope=True), "head_dim must be even, not 7"),
         (lambda: TransformerShape(0, 8, 2, 2, 4, 8), "layers must be at least 1"),
-        (lambda: TransformerShape(1, 8, 2, 2, 4, 8, experts=4, top_k=3), "top_k must be 1 or 2"),
+        (lambda: check_routing(TransformerShape(1, 8, 2, 2, 4, 8, experts=4, top_k=3)), "top_k must be 1 or 2"),
+        (lambda: TransformerShape(1, 8, 2, 2, 4, 8, shared_hidden=4), "shared_hidden=4 is the width of an MLP beside"),
         (lambda: TransformerShape(1, 8, 2, 2, 4, 8, experts=1, top_k=2), "top_k=2 needs at least that many experts"),
         (lambda: TransformerShape(1, 8, 2, 2, 4, 8, experts=-1), "experts must be 0 (dense) or more, not -1"),
         (lambda: check_expert_parallel(8, 16, 16), "ep_size must divide both; legal ep_size: [1, 2, 4, 8]"),

@@ -29,7 +29,7 @@ from helix.config.schema import (
 from helix.partition import rivals
 from helix.partition.grid import PartitionError, divisors, legal_grids
 from helix.partition.schedules import check_schedule
-from helix.partition.shape import check_ends, check_expert_parallel
+from helix.partition.shape import check_ends, check_expert_parallel, check_routing
 
 _BOUNDS = {
     "at_least": (operator.ge, "at least"),
@@ -144,9 +144,24 @@ def check_model(model: ModelConfig, parallel: ParallelConfig) -> None:
                 )
     elif model.experts == 0:
         raise ConfigError("model.kind=moe needs model.experts of at least 1, not 0; take model=dense for an MLP")
-    to_shape(model)  # its own rules
+    _check_built(model)
+    check_routing(to_shape(model))
     if model.ep_size is not None:
         check_expert_parallel(model.experts, model.ep_size, expert_ranks(parallel))
+
+
+def _check_built(model: ModelConfig) -> None:
+    """Check that Helix's own transformer has what the model has; others can be planned with."""
+    for name, neutral, what in (
+        ("gated", "false", "gated MLPs"),
+        ("tied", "false", "a head tied to its embedding"),
+        ("shared_hidden", "0", "an MLP beside its experts"),
+    ):
+        if getattr(model, name):
+            raise ConfigError(
+                f"model={model.name} has {what}, which Helix's own transformer lacks: it can be planned "
+                f"(python -m helix plan), not run; take model=dense or model=moe, or model.{name}={neutral}"
+            )
 
 
 def check_workload(workload: WorkloadConfig, parallel: ParallelConfig) -> None:

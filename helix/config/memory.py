@@ -46,7 +46,7 @@ class Estimate:
 def stored_parameters(model: ModelConfig, parallel: ParallelConfig) -> int:
     """Parameters of one method summed over all ranks, copies included: data replicas, and experts' replicas."""
     shape = to_shape(model)
-    experts = shape.layers * shape.experts * 2 * shape.width * shape.mlp_hidden
+    experts = shape.layers * shape.experts * shape.expert_parameters
     block = parallel.m * parallel.n if parallel.projection == "block" else 1
     rest = shape.parameters(projects=parallel.aggregate == "project", block=block) - experts
     copies = parallel.ranks if parallel.method in _REPLICATE else parallel.data

@@ -100,7 +100,9 @@ class ModelConfig:
     """A transformer's dims; see `helix.partition.shape.TransformerShape`.
 
     kv_heads null means as many as heads. ep_size (ranks that the experts of one replica are spread over)
-    null means the largest number that divides both experts and m * n.
+    null means the largest number that divides both experts and m * n. What Helix's own transformer lacks (gated and
+    tied, experts beside a shared MLP, more than two experts per token, latent attention) can be planned with, and
+    `helix.config.check` refuses to run it.
     """
 
     name: str = MISSING
@@ -118,20 +120,52 @@ class ModelConfig:
     experts: int = at_least(0, 0)
     top_k: int = at_least(1, 1)
     ep_size: int | None = at_least(1, None)
+    gated: bool = False
+    tied: bool = False
+    shared_hidden: int = at_least(0, 0)
+    attention: str = one_of("heads", ("heads", "latent"))
 
 
 @dataclass
 class HardwareConfig:
-    """What one device and its links can do; every figure dense, one direction; null means to be measured."""
+    """What devices and the links between them can do; figures are dense, and of one direction.
+
+    null means that nobody has said: a plan that needs the figure asks for it.
+
+    Args:
+        hosts, devices_per_host: of the system that is meant; a plan may ask for fewer or more.
+        devices_per_island: that share the fast link (NVLink, or a host's PCIe); null means a host's.
+        matmul_*: peak of matrix products by the precision of their inputs; FP16 is as fast as BF16.
+        *_share: the part of a peak that large products, fused attention, streams through memory, and large
+            collectives reach, 0 to 1.
+        link_*: between devices of an island; host_link_*: what each device has to those of other islands. A latency
+            is that of the smallest exchange between two devices.
+        kernel_us: time of the smallest operation on a device.
+        time_error_share: part by which step times were off what this file predicts, at the median, where that was
+            measured.
+    """
 
     name: str = MISSING
     source: str = MISSING
+    hosts: int | None = at_least(1, None)
     devices_per_host: int | None = at_least(1, None)
-    matmul_TFLOP_per_s: float | None = at_least(0, None)
+    devices_per_island: int | None = at_least(1, None)
+    matmul_fp64_TFLOP_per_s: float | None = at_least(0, None)
+    matmul_fp32_TFLOP_per_s: float | None = at_least(0, None)
+    matmul_bf16_TFLOP_per_s: float | None = at_least(0, None)
+    matmul_share: float | None = bounded(None, above=0, at_most=1)
+    attention_share: float | None = bounded(None, above=0, at_most=1)
+    memory_GB_per_device: float | None = at_least(0, None)
+    memory_GB_per_s: float | None = at_least(0, None)
+    memory_share: float | None = bounded(None, above=0, at_most=1)
     link_GB_per_s: float | None = at_least(0, None)
+    link_share: float | None = bounded(None, above=0, at_most=1)
     link_latency_us: float | None = at_least(0, None)
     host_link_GB_per_s: float | None = at_least(0, None)
-    memory_GB_per_device: float | None = at_least(0, None)
+    host_link_share: float | None = bounded(None, above=0, at_most=1)
+    host_link_latency_us: float | None = at_least(0, None)
+    kernel_us: float | None = at_least(0, None)
+    time_error_share: float | None = at_least(0, None)
 
 
 @dataclass
@@ -218,8 +252,13 @@ def to_shape(model: ModelConfig) -> TransformerShape:
     """The model's dims as the partition arithmetic takes them.
 
     Raises:
-        PartitionError: if they do not fit together.
+        PartitionError: if they do not fit together, or there are no key/value heads to partition.
     """
+    if model.attention == "latent":
+        raise PartitionError(
+            f"model={model.name} has multi-head latent attention (MLA): one latent for each token in place of key/value "
+            "heads, which m x n does not divide; take a model with model.attention=heads"
+        )
     return TransformerShape(
         layers=model.layers,
         width=model.width,
@@ -233,6 +272,9 @@ def to_shape(model: ModelConfig) -> TransformerShape:
         causal=model.causal,
         experts=model.experts,
         top_k=model.top_k,
+        gated=model.gated,
+        tied=model.tied,
+        shared_hidden=model.shared_hidden,
     )
 
 

@@ -32,9 +32,12 @@ from helix.config.schema import (
     at_least,
     bounded,
     one_of,
+    to_grid,
+    to_options,
     to_shape,
 )
 from helix.partition import rivals
+from helix.partition.transformer_cost import TransformerCost
 
 PRECISIONS = (*ITEMSIZE, "bf16-mixed", "16-mixed")
 # Lightning's form of a length of time.
@@ -268,13 +271,10 @@ def _check_memory(settings: TrainConfig, local_ranks: int, device: str) -> None:
     state = max(4 * weights / (parallel.data if parallel.shard_data else 1), weights)
     if parallel.method == "tensor":  # each rank draws the whole model, then keeps its part
         state = max(state, to_shape(model).parameters() * wide * local_ranks)
-    # Kept for the backward pass, of each token and layer: stream, norms, queries to output, and the MLP's hidden
-    # (before and after its gelu), on top of logits and their softmax. The head group's and the MLP's are cut.
-    attention = 4 * model.heads * model.head_dim / parallel.n
-    hidden = 2 * model.mlp_hidden * max(1, model.top_k) / (parallel.m * parallel.n)
-    layers = -(-model.layers // parallel.stage)
-    per_token = layers * (6 * model.width + attention + hidden) + 3 * model.vocab
-    held = data.batch_size * data.seq_len / parallel.data * per_token * wide * local_ranks
+    stage = replace(to_shape(model), layers=-(-model.layers // parallel.stage))
+    batch = -(-data.batch_size // parallel.data)
+    cost = TransformerCost(stage, to_grid(parallel), to_options(parallel, "auto"), batch, data.seq_len, wide)
+    held = cost.saved_bytes() * local_ranks
     host = environment.free_memory_bytes()
     if device == "cuda":
         room = environment.free_gpu_memory_bytes()

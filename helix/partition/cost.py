@@ -133,7 +133,7 @@ class AttentionCost:
     def _row_pairs(self, chunks: list[range]) -> int:
         if not self.causal:
             return sum(map(len, chunks)) * self.length
-        return sum((row + 1) for run in chunks for row in run)
+        return sum((run.start + run.stop + 1) * len(run) // 2 for run in chunks)
 
     def weight(self) -> float:
         """FLOPs, with bytes converted to them; what `auto` minimises."""

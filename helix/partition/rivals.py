@@ -107,7 +107,7 @@ def bubble(stages: int, microbatches: int) -> float:
 
 def replica_weight_bytes(shape: TransformerShape, itemsize: int, ep_size: int = 1) -> int:
     """Bytes of a whole model's parameters on one rank, of which only the experts are spread, over `ep_size` ranks."""
-    experts = shape.layers * shape.experts * 2 * shape.width * shape.mlp_hidden
+    experts = shape.layers * shape.experts * shape.expert_parameters
     router = shape.layers * shape.experts * shape.width
     rest = shape.parameters() - experts - router
     return (rest + experts // ep_size) * itemsize + router * ROUTER_ITEMSIZE

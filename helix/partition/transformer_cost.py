@@ -74,7 +74,7 @@ class TransformerCost:
         out = self._leave("embedding") + self._enter("head")
         block = self._enter("attention") + self.attention.bytes(feature_slice, self.shape.qk_norm)
         block += self._concat() if self.options.aggregate == "concat" else self._leave("attention")
-        if not self.shape.experts:
+        if self.shape.dense_hidden:
             block += self._enter("mlp") + self._leave("mlp")
         for key, nbytes in block.items():
             out[key] += layers * nbytes
@@ -126,9 +126,10 @@ class TransformerCost:
             attention += shape.attention_width // p * width
         if shape.qk_norm:
             attention += 2 * shape.head_dim // self.grid.m
-        hidden = shape.mlp_hidden
-        mlp = 2 * width * (shape.experts // self.ep_size * hidden if shape.experts else self._share(hidden, rank))
-        numbers = shape.layers * (attention + mlp + 2 * width) + width + 2 * self._share(shape.vocab, rank) * width
+        mlp = shape.mlp_matrices * width * self._share(shape.dense_hidden, rank)
+        mlp += shape.experts // self.ep_size * shape.expert_parameters
+        ends = width + shape.vocab_matrices * self._share(shape.vocab, rank) * width
+        numbers = shape.layers * (attention + mlp + 2 * width) + ends
         return numbers * self.itemsize + shape.layers * shape.experts * width * ROUTER_ITEMSIZE
 
     def activation_bytes(self) -> int:
@@ -139,12 +140,25 @@ class TransformerCost:
         not the allocator's slack or a library's buffers.
         """
         shape, n = self.shape, self.grid.n
-        cut = shape.mlp_hidden * max(1, shape.top_k) + shape.vocab
+        hidden = shape.dense_hidden + (shape.top_k * shape.mlp_hidden if shape.experts else 0)
+        cut = hidden * (shape.mlp_matrices - 1) + shape.vocab
         features = 4 * shape.width + 4 * shape.attention_width // n + cut // self.grid.ranks
         held = self._tokens * features * self.itemsize
         if self.options.schedule in ("gather", "score"):  # no fused kernel: [B, H/n, T, S], in fp32 for its softmax
             held += self._tokens * self.length * shape.heads // n * max(4, self.itemsize)
         return held
+
+    def saved_bytes(self) -> int:
+        """Estimate of the bytes that one rank keeps of all layers for the backward pass, without recomputation.
+
+        Of each token and layer the stream, its norms and what they gather (6 E); the head group's queries to output
+        (4 H D / n); the MLP's hidden before and after its activation, cut over ranks; and the logits with their
+        softmax.
+        """
+        shape, p = self.shape, self.grid.ranks
+        hidden = shape.dense_hidden + (shape.top_k * shape.mlp_hidden if shape.experts else 0)
+        layer = 6 * shape.width + 4 * shape.attention_width // self.grid.n + shape.mlp_matrices * hidden // p
+        return self._tokens * (shape.layers * layer + 3 * shape.vocab // p) * self.itemsize
 
     def flops(self, rank: int) -> int:
         """FLOPs of the matrix products on `rank` (busiest of its m-group in the core attention)."""
@@ -153,10 +167,9 @@ class TransformerCost:
         projections = (shape.heads + 2 * shape.kv_heads) * shape.head_dim // self.grid.ranks * columns
         if self.options.aggregate == "project":
             projections += shape.attention_width // self.grid.ranks * width
+        mlp = 2 * tokens * shape.mlp_matrices * width * self._share(shape.dense_hidden, rank)
         if shape.experts:
-            mlp = 4 * self.tokens_per_shard * shape.top_k * width * shape.mlp_hidden  # on average
-        else:
-            mlp = 4 * tokens * width * self._share(shape.mlp_hidden, rank)
+            mlp += 2 * self.tokens_per_shard * shape.top_k * shape.expert_parameters  # on average
         head = 2 * tokens * width * self._share(shape.vocab, rank)
         return shape.layers * (2 * tokens * projections + self.attention.core_flops() + mlp) + head
 
