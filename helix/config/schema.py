@@ -256,8 +256,8 @@ def to_shape(model: ModelConfig) -> TransformerShape:
     """
     if model.attention == "latent":
         raise PartitionError(
-            f"model={model.name} has multi-head latent attention (MLA): one latent for each token in place of key/value "
-            "heads, which m x n does not divide; take a model with model.attention=heads"
+            f"model={model.name} has multi-head latent attention (MLA): one latent for each token in place of "
+            "key/value heads, which m x n does not divide; take a model with model.attention=heads"
         )
     return TransformerShape(
         layers=model.layers,

@@ -30,6 +30,7 @@ Source: papers, "Proposed Two-Level Partitioning Scheme" (h_g = h/n, d_s = d/m).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 
@@ -165,7 +166,8 @@ def shard_range(count: int, ranks: int, rank: int) -> range:
 
 
 def divisors(value: int) -> list[int]:
-    return [d for d in range(1, value + 1) if value % d == 0]
+    low = [d for d in range(1, math.isqrt(value) + 1) if value % d == 0]
+    return low + [value // d for d in reversed(low) if d * d != value]
 
 
 def legal_grids(layout: HeadLayout, ranks: int) -> list[Grid]:

@@ -1,0 +1,116 @@
+"""Every layout of a number of devices that a model's dims and a batch allow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from helix.partition import decode_cost, schedules
+from helix.partition.grid import Grid, divisors
+from helix.partition.shape import TransformerShape
+from helix.planner.estimate import Work
+from helix.planner.layout import Layout
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Sizes that are given, not searched; None leaves one free.
+
+    Args:
+        recompute: what a backward pass computes again; Helix's own training computes nothing again.
+        shard_data: whether AdamW's moments are shared out over the replicas.
+        runnable: only what infer.py and train.py take as a method today.
+    """
+
+    m: int | None = None
+    n: int | None = None
+    data: int | None = None
+    stage: int | None = None
+    recompute: str = "none"
+    shard_data: bool = False
+    runnable: bool = False
+
+    def allows(self, layout: Layout) -> bool:
+        sizes = ("m", "n", "data", "stage")
+        return all(getattr(self, name) in (None, getattr(layout, name)) for name in sizes)
+
+
+def candidates(shape: TransformerShape, work: Work, devices: int, asked: Asked) -> Iterator[list[Layout]]:
+    """Every layout of exactly `devices` ranks, in lists of those that differ in nothing but their schedules.
+
+    Whether they fit in memory is another question.
+    """
+    for stage in divisors(devices):
+        if stage > shape.layers or asked.stage not in (None, stage):
+            continue
+        for data in divisors(devices // stage):
+            if data > work.batch or asked.data not in (None, data):
+                continue
+            ranks = devices // (stage * data)
+            for one in _replicas(shape, work, ranks, data, stage):
+                if asked.allows(one) and not (asked.runnable and not one.runs_in(work.mode)):
+                    one = one.at(recompute=asked.recompute, shard_data=asked.shard_data)
+                    yield from _scheduled(shape, work, one)
+
+
+def _replicas(shape: TransformerShape, work: Work, ranks: int, data: int, stage: int) -> Iterator[Layout]:
+    """Ways to lay one replica's stage over `ranks`."""
+    even = work.batch % data == 0
+    if ranks == 1 and stage == 1:
+        if even or not shape.experts:
+            yield Layout("data", data=data)
+        return
+    if not even:
+        return
+    copies = kv_copies(shape, ranks)
+    if copies is not None:
+        yield Layout("tensor", n=ranks, data=data, stage=stage, kv_copies=copies)
+    if ranks == 1:
+        return
+    yield from _helix(shape, work, ranks, data, stage)
+    if stage == 1 and work.mode != "generate" and not shape.experts and work.length % ranks == 0:
+        if copies is not None:
+            yield Layout("ulysses", n=ranks, data=data)
+        if work.length >= 2 * ranks:
+            yield Layout("context", n=ranks, data=data)
+
+
+def kv_copies(shape: TransformerShape, ranks: int) -> int | None:
+    """How often tensor parallelism over `ranks` holds each key/value head; None if it has no whole heads for them."""
+    if shape.heads % ranks:
+        return None
+    if shape.kv_heads % ranks == 0:
+        return 1
+    return ranks // shape.kv_heads if ranks % shape.kv_heads == 0 else None
+
+
+def _helix(shape: TransformerShape, work: Work, ranks: int, data: int, stage: int) -> Iterator[Layout]:
+    for n in divisors(ranks):
+        grid = Grid(ranks // n, n)
+        if grid.fits(shape.layout):
+            yield Layout("helix", grid.m, n, data, stage)
+
+
+def _scheduled(shape: TransformerShape, work: Work, layout: Layout) -> Iterator[list[Layout]]:
+    """For each legal number of microbatches the layout with each legal schedule of each phase."""
+    batch = -(-work.batch // layout.data)
+    # A pipeline needs microbatches, and so do gradients that accumulate; in decoding, stages take turns.
+    counts = divisors(batch) if layout.stage > 1 or work.mode == "train" else [1]
+    for count in counts:
+        cut = layout.at(microbatches=count)
+        if layout.m == 1:
+            yield [cut]
+            continue
+        samples, parts = batch // count, min(layout.stage, batch)
+        prefills = [name for name in schedules.EXACT if _runs(shape, layout.grid, name, samples, work.length)]
+        caches = [layout.decode]
+        if work.mode == "generate":
+            refused = decode_cost.refusal
+            caches = [
+                name for name in decode_cost.CACHES if refused(name, shape.layout, layout.grid, batch // parts) is None
+            ]
+        yield [cut.at(prefill=prefill, decode=cache) for prefill in prefills for cache in caches]
+
+
+def _runs(shape: TransformerShape, grid: Grid, schedule: str, samples: int, length: int) -> bool:
+    return schedules.refusal(schedule, shape.layout, grid, samples, length) is None

@@ -1,0 +1,49 @@
+"""Hardware and models by name, as conf/ has them."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+
+import helix
+from helix.config.schema import ConfigError, HardwareConfig, ModelConfig
+
+CONF = Path(helix.__file__).resolve().parent.parent / "conf"
+
+
+def hardware(name: str) -> HardwareConfig:
+    """A file of conf/hardware.
+
+    Raises:
+        ConfigError: if there is none, with those that there are.
+    """
+    return HardwareConfig(**_read("hardware", name))
+
+
+def model(name: str) -> ModelConfig:
+    """A file of conf/model, or of its folder of known models, by its name.
+
+    Raises:
+        ConfigError: if there is none, with those that there are.
+    """
+    return ModelConfig(**_read("model", name))
+
+
+@cache
+def _files(group: str) -> dict[str, Path]:
+    return {path.stem: path for path in sorted((CONF / group).rglob("*.yaml"))}
+
+
+def _read(group: str, name: str) -> dict[str, Any]:
+    files = _files(group)
+    stem = name.rpartition("/")[2]
+    if stem not in files:
+        near = get_close_matches(stem, files, n=1)
+        meant = f" (did you mean {near[0]}?)" if near else ""
+        raise ConfigError(f"there is no {group}={name}{meant}; choose one of: {', '.join(files)}")
+    content: dict[str, Any] = yaml.safe_load(files[stem].read_text())
+    return content

@@ -1,0 +1,345 @@
+"""What a layout costs: seconds, by what they are spent on, and bytes of one rank, by what holds them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, TypeVar
+
+from helix.config.schema import ITEMSIZE
+from helix.partition.decode_cost import DecodeCost
+from helix.partition.shape import TransformerShape, default_expert_parallel
+from helix.partition.transformer_cost import TransformerCost
+from helix.planner.layout import Layout
+from helix.planner.machine import Machine
+from helix.planner.passes import LayerTime, Passes
+from helix.planner.seconds import Seconds
+
+T = TypeVar("T")
+MODES = ("forward", "train", "generate")
+# FLOPs of a backward pass over those of the forward pass: two products for each one; fused attention computes its
+# scores again (FlashAttention-2, section 4.1: 2.5).
+BACKWARD, FUSED_BACKWARD = 2.0, 2.5
+# Part of a device's memory that a layout may fill: the rest is the allocator's slack, the driver's and the libraries'
+# own. A rule of thumb, not measured here.
+HEADROOM = 0.92
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the devices are to do.
+
+    Args:
+        mode: forward (one pass over whole sequences, as infer.py measures), train (a step of AdamW), or generate
+            (a pass over prompts, then tokens one by one).
+        batch: sequences over all replicas.
+        length: tokens of a sequence, or of a prompt.
+        new_tokens: to generate for each; 0 in the other modes.
+        precision: in Lightning's names.
+    """
+
+    mode: str
+    batch: int
+    length: int
+    new_tokens: int = 0
+    precision: str = "bf16-true"
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one number in the stream."""
+        return ITEMSIZE.get(self.precision, 2)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of one stored parameter: mixed precision keeps fp32."""
+        return ITEMSIZE.get(self.precision, 4)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of one parameter in training: itself, its gradient and AdamW's two moments."""
+        return 4 * self.weight_bytes
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of the fullest rank.
+
+    Args:
+        state: gradients and the optimizer's moments.
+        activations: held at once in a step, or kept for the backward pass.
+        cache: keys and values at the end of generation.
+    """
+
+    weights: int
+    state: int
+    activations: int
+    cache: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.state + self.activations + self.cache
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A layout's cost.
+
+    Args:
+        seconds: of a step; of generation, of the whole of it.
+        tokens_per_s: of all devices; of generation, tokens that come out.
+        ttft_s, tpot_s: time to the first token, and of each after it; None but in generation.
+    """
+
+    layout: Layout
+    seconds: Seconds
+    memory: Memory
+    tokens_per_s: float
+    ttft_s: float | None = None
+    tpot_s: float | None = None
+
+    @property
+    def latency_s(self) -> float:
+        """What a user waits for: a step, or each further token."""
+        return self.seconds.total if self.tpot_s is None else self.tpot_s
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """Costs of layouts of one model's work on one machine; what layouts share is computed once."""
+
+    shape: TransformerShape
+    machine: Machine
+    work: Work
+    _known: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    @cached_property
+    def passes(self) -> Passes:
+        return Passes(self.shape, self.machine, self.work.itemsize)
+
+    def estimate(self, layout: Layout) -> Estimate:
+        memory = self.memory(layout)
+        if self.work.mode == "train":
+            return self._training(layout, memory)
+        if self.work.mode == "generate":
+            return self._generation(layout, memory)
+        seconds = self._forward(layout, self.work.length)
+        return Estimate(layout, seconds, memory, self.work.batch * self.work.length / seconds.total)
+
+    def ep_size(self, layout: Layout) -> int:
+        """Ranks that share one set of experts."""
+        if not self.shape.experts:
+            return 1
+        return default_expert_parallel(
+            self.shape.experts, layout.data if layout.method == "data" else layout.grid.ranks
+        )
+
+    def memory(self, layout: Layout) -> Memory:
+        """Bytes of the fullest rank, by the closed forms that commands refuse by (`helix.config.memory`)."""
+        work = self.work
+        key = ("weights", layout.method, layout.m, layout.n, layout.stage, layout.kv_copies, self.ep_size(layout))
+        weights = self._once(key, lambda: self._weight_bytes(layout))
+        state = weights * (work.state_bytes // work.weight_bytes - 1) if work.mode == "train" else 0
+        if layout.shard_data:  # gradients and weights stay whole, the two moments are shared out over the replicas
+            state = weights + -(-2 * weights // layout.data)
+        return Memory(weights, state, self._activation_bytes(layout), self._cache_bytes(layout))
+
+    def prefill_cost(self, layout: Layout) -> tuple[float, float]:
+        """All of a layout's cost that its prefill schedule decides: seconds of a layer, bytes of activations."""
+        layer, _ = self._layer(layout, self.samples(layout), self.work.length)
+        seconds = self._both(layout, layer) if self.work.mode == "train" else layer.forward
+        return seconds.total, self._activation_bytes(layout)
+
+    def decode_cost(self, layout: Layout) -> tuple[float, float]:
+        """All of a layout's cost that the cut of its cache decides: seconds of a layer, bytes of the cache."""
+        layer, _ = self._step(layout)
+        return layer.total, self._cache_bytes(layout)
+
+    def fits(self, memory: Memory) -> bool:
+        return memory.total <= HEADROOM * self.machine.memory_bytes
+
+    def samples(self, layout: Layout) -> int:
+        """Of the fullest microbatch."""
+        return -(-self._replica(layout) // layout.microbatches)
+
+    def _replica(self, layout: Layout) -> int:
+        return -(-self.work.batch // layout.data)
+
+    def _stage_shape(self, layout: Layout) -> TransformerShape:
+        """The layers of the fullest stage; of several stages none has both ends."""
+        shape = self.shape
+        return replace(
+            shape,
+            layers=-(-shape.layers // layout.stage),
+            kv_heads=shape.kv_heads * layout.kv_copies,
+            tied=shape.tied or layout.stage > 1,
+        )
+
+    def _once(self, key: tuple[Any, ...], compute: Callable[[], T]) -> T:
+        """What `compute` gives, computed for the first of all layouts that share `key`."""
+        if key not in self._known:
+            self._known[key] = compute()
+        known: T = self._known[key]
+        return known
+
+    def _weight_bytes(self, layout: Layout) -> int:
+        cut = layout.at(n=1) if layout.method in ("ulysses", "context") else layout
+        stage, itemsize = self._stage_shape(layout), self.work.weight_bytes
+        return TransformerCost(stage, cut.grid, cut.options, 1, 1, itemsize, self.ep_size(layout)).weight_bytes(0)
+
+    def _activation_bytes(self, layout: Layout) -> int:
+        batch = self.samples(layout)
+        tokens_over = layout.n if layout.method in ("ulysses", "context") else 1
+        key = ("held", layout.method, layout.m, layout.n, layout.prefill, layout.stage, batch, layout.recompute)
+        held = self._once(key, lambda: self._held(layout, batch))
+        # GPipe keeps every microbatch; without stages gradients accumulate, one microbatch after the other.
+        kept = layout.microbatches if self.work.mode == "train" and layout.stage > 1 else 1
+        return -(-held * kept // tokens_over)
+
+    def _held(self, layout: Layout, batch: int) -> int:
+        """Bytes of one microbatch's activations; of tokens that are cut over ranks, all ranks' together."""
+        if layout.method in ("ulysses", "context"):
+            layout = layout.at(n=1)
+        stage, work = self._stage_shape(layout), self.work
+        if work.mode == "generate":  # of whose prompts only the last token meets the head
+            stage = replace(stage, vocab=1)
+        cost = TransformerCost(stage, layout.grid, layout.options, batch, work.length, work.itemsize)
+        if work.mode != "train":
+            return cost.activation_bytes()
+        if layout.recompute != "full":
+            return cost.saved_bytes()
+        inputs = stage.layers * cost.tokens_per_shard * stage.width * work.itemsize
+        return inputs + replace(cost, shape=replace(stage, layers=1)).saved_bytes()
+
+    def _cache_bytes(self, layout: Layout) -> int:
+        work, batch = self.work, self._replica(layout)
+        if work.mode != "generate":
+            return 0
+        cut = layout.decode if layout.m > 1 else "heads"
+        key = ("cache", layout.m, layout.n, cut, batch, layout.stage, layout.kv_copies)
+
+        def held() -> int:
+            stage, context = self._stage_shape(layout), work.length + work.new_tokens
+            return stage.layers * DecodeCost(stage, layout.grid, cut, batch, context, work.itemsize).cache_bytes()
+
+        return self._once(key, held)
+
+    def _layer(self, layout: Layout, batch: int, length: int) -> tuple[LayerTime, Seconds]:
+        """A layer's pass and the ends', of one microbatch."""
+        ep_size = self.ep_size(layout)
+        key = (
+            "layer",
+            layout.method,
+            layout.m,
+            layout.n,
+            layout.prefill,
+            layout.kv_copies,
+            layout.fused,
+            batch,
+            ep_size,
+        )
+        return self._once(key, lambda: self._layer_and_ends(layout, batch, length, ep_size))
+
+    def _layer_and_ends(self, layout: Layout, batch: int, length: int, ep_size: int) -> tuple[LayerTime, Seconds]:
+        ends = self.passes.ends(layout, batch, 1 if self.work.mode == "generate" else length, ep_size)
+        return self.passes.layer(layout, batch, length, ep_size), ends
+
+    def _pace(self, layout: Layout, layer: Seconds, ends: Seconds) -> Seconds:
+        """Time of the slowest stage for one microbatch: the fullest one, or the last with the head."""
+        layers = self.shape.layers
+        fullest = layer * -(-layers // layout.stage)
+        if layout.stage == 1:
+            return fullest + ends
+        last = layer * (layers // layout.stage) + ends
+        return max(fullest, last, key=lambda each: each.total)
+
+    def _piped(self, layout: Layout, pace: Seconds, sends: int) -> Seconds:
+        """A pipeline's step: every microbatch through the slowest stage, the bubble, and the messages between."""
+        count, stages = layout.microbatches, layout.stage
+        out = pace * count
+        if stages > 1:
+            tokens = self.samples(layout) * self.work.length
+            own = -(-tokens // layout.grid.ranks) * self.shape.width * self.work.itemsize
+            hop = self.machine.send(own, distance=layout.grid.ranks)
+            if layout.method == "tensor":  # the whole stream is put together again behind the link
+                hop += self.machine.collective("all_gather", own * (layout.grid.ranks - 1), layout.grid.ranks)
+            messages = sends * layout.interleave * count + sends * (stages - 1)
+            out += Seconds(exchange=messages * hop, waiting=(stages - 1) * pace.total / layout.interleave)
+        return out
+
+    def _forward(self, layout: Layout, length: int) -> Seconds:
+        layer, ends = self._layer(layout, self.samples(layout), length)
+        return self._piped(layout, self._pace(layout, layer.forward, ends), sends=1)
+
+    def _training(self, layout: Layout, memory: Memory) -> Estimate:
+        layer, ends = self._layer(layout, self.samples(layout), self.work.length)
+        pace = self._pace(layout, self._both(layout, layer), ends + self._backward(ends, layout.fused))
+        step = self._piped(layout, pace, sends=2)
+        parameters = memory.weights / self.work.weight_bytes
+        step += self._gradients(layout, parameters) + self.passes.optimizer(parameters, self.work.state_bytes)
+        return Estimate(layout, step, memory, self.work.batch * self.work.length / step.total)
+
+    def _both(self, layout: Layout, layer: LayerTime) -> Seconds:
+        """A layer's forward and backward pass, and what the latter computes again."""
+        out = layer.forward + self._backward(layer.forward, layout.fused)
+        if layout.recompute == "full":
+            out += layer.forward
+        elif layout.recompute == "selective":
+            out += layer.core + layer.gather
+        return out
+
+    def _backward(self, forward: Seconds, fused: bool) -> Seconds:
+        """Its products and streams; its collectives are the forward pass's own, mirrored."""
+        attention = FUSED_BACKWARD if fused else BACKWARD
+        return replace(
+            forward,
+            matmul=BACKWARD * forward.matmul,
+            attention=attention * forward.attention,
+            memory=BACKWARD * forward.memory,
+        )
+
+    def _gradients(self, layout: Layout, parameters: float) -> Seconds:
+        """The sum of gradients over replicas, after the last backward pass; experts' over their own replicas only."""
+        size, stride = layout.data, layout.stage * layout.grid.ranks
+        if layout.method in ("ulysses", "context"):
+            size, stride = layout.data * layout.n, 1
+        ep_size = self.ep_size(layout) if layout.method == "data" else 1
+        stage_layers = -(-self.shape.layers // layout.stage)
+        experts = stage_layers * self.shape.experts * self.shape.expert_parameters / max(ep_size, 1)
+        apart = experts if ep_size > 1 else 0.0
+        exchange = self._reduced(parameters - apart, size, stride) + self._reduced(
+            apart, size // ep_size, stride * ep_size
+        )
+        return Seconds(exchange=exchange)
+
+    def _reduced(self, parameters: float, size: int, stride: int) -> float:
+        if size <= 1 or parameters <= 0:
+            return 0.0
+        nbytes = 2 * (size - 1) / size * parameters * self.work.weight_bytes
+        return self.machine.collective("all_reduce", nbytes, size, stride)
+
+    def _generation(self, layout: Layout, memory: Memory) -> Estimate:
+        work, new = self.work, self.work.new_tokens
+        prompt = self._forward(layout, work.length)
+        parts, batch = self._parts(layout)
+        layer, ends = self._step(layout)
+        pace = self._pace(layout, layer, ends)
+        hop = (
+            self.machine.send(batch * self.shape.width * work.itemsize, layout.grid.ranks) if layout.stage > 1 else 0.0
+        )
+        # Each token passes every stage; with fewer parts of the batch than stages the others wait.
+        token = pace * parts + Seconds(exchange=hop * layout.stage, waiting=pace.total * (layout.stage - parts))
+        whole = prompt + token * max(0, new - 1)
+        return Estimate(layout, whole, memory, work.batch * new / whole.total, ttft_s=prompt.total, tpot_s=token.total)
+
+    def _parts(self, layout: Layout) -> tuple[int, int]:
+        """How many parts of a replica's batch follow each other through the stages, and samples of the largest."""
+        parts = min(layout.stage, self._replica(layout))
+        return parts, -(-self._replica(layout) // parts)
+
+    def _step(self, layout: Layout) -> tuple[Seconds, Seconds]:
+        """A layer's decoding step and the ends', with half of the new tokens in the cache."""
+        _, batch = self._parts(layout)
+        context, ep_size = self.work.length + max(1, self.work.new_tokens // 2), self.ep_size(layout)
+        key = ("decode", layout.method, layout.m, layout.n, layout.decode, layout.kv_copies, batch, ep_size)
+        return self._once(key, lambda: self.passes.decode(layout, batch, context, ep_size))

@@ -1,0 +1,93 @@
+"""A layout: how one model and one batch are laid over devices, by Helix or by one of the methods it competes with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from helix.partition.grid import Grid
+from helix.partition.options import AttentionOptions
+
+# What each method is, for tables and reasons.
+METHODS = {
+    "helix": "m feature slices x n head groups",
+    "data": "whole models on different samples",
+    "tensor": "whole heads on n ranks, an all-reduce after each half block (Megatron)",
+    "ulysses": "tokens on n ranks, whole heads around attention (DeepSpeed-Ulysses); whole weights everywhere",
+    "context": "tokens on n ranks, keys and values passed round a ring; whole weights everywhere",
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A layout of m * n * data * stage ranks.
+
+    Args:
+        method: one of METHODS. Helix on 1 x n is tensor parallelism with a token-sharded stream.
+        m, n: of the grid; for the other methods m is 1 and n the ranks that share one replica's stage.
+        data, stage: replicas and pipeline stages.
+        prefill: schedule of a pass over whole sequences; decode: how the cache is cut in a decoding step.
+        microbatches: that each replica's samples are cut into.
+        recompute: what a backward pass computes again: none, selective (the core attention, and what was gathered),
+            or full (all of the forward pass).
+        interleave: runs of layers of each pipeline stage (Megatron's virtual stages).
+        kv_copies: how often each key/value head is held, where tensor parallelism has more ranks than those.
+        shard_data: whether AdamW's moments are shared out over the replicas (parallel.shard_data).
+        fused: whether attention is one kernel that never writes its scores.
+    """
+
+    method: str
+    m: int = 1
+    n: int = 1
+    data: int = 1
+    stage: int = 1
+    prefill: str = "batch"
+    decode: str = "heads"
+    microbatches: int = 1
+    recompute: str = "none"
+    interleave: int = 1
+    kv_copies: int = 1
+    shard_data: bool = False
+    fused: bool = True
+
+    @property
+    def grid(self) -> Grid:
+        return Grid(self.m, self.n)
+
+    @property
+    def ranks(self) -> int:
+        """Of the whole layout."""
+        return self.m * self.n * self.data * self.stage
+
+    @property
+    def options(self) -> AttentionOptions:
+        return AttentionOptions(self.prefill, residual="replicated" if self.method == "tensor" else "sharded")
+
+    @property
+    def name(self) -> str:
+        """As `helix.config.methods` names methods, where it has a name."""
+        if self.method == "data":
+            return "single" if self.ranks == 1 else f"dp{self.data}"
+        head = {
+            "helix": f"helix_{self.m}x{self.n}",
+            "tensor": f"tp{self.n}",
+            "ulysses": f"ulysses{self.n}",
+            "context": f"cp{self.n}",
+        }[self.method]
+        stage = f"_pp{self.stage}" if self.stage > 1 else ""
+        data = f"_dp{self.data}" if self.data > 1 else ""
+        return head + stage + data
+
+    def runs_in(self, mode: str) -> bool:
+        """Whether infer.py or train.py takes this layout as its method today, not as a model of another's.
+
+        Helix's grids have no pipeline stages; of the others they run whole models and tensor parallelism.
+        """
+        if self.method == "helix":
+            return self.stage == 1
+        if self.method == "tensor":
+            return self.kv_copies == 1 and self.interleave == 1 and mode != "generate"
+        return self.method == "data"
+
+    def at(self, **changes: object) -> Layout:
+        """The same with some choices changed."""
+        return replace(self, **changes)  # type: ignore[arg-type]

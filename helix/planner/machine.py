@@ -1,0 +1,164 @@
+"""A machine as the time model sees it, and how long its collectives take.
+
+Two levels: devices of one island share a fast link (NVLink, or a host's PCIe), islands are joined by what each device
+has of the network. Ranks are numbered as the mesh numbers them, data x stage x head x slice with slices innermost, so
+that an m-group lies inside an island wherever it can.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from helix.config.schema import ConfigError, HardwareConfig
+
+# The catalogue's key for each precision in Lightning's names: what matrix products read.
+_PEAK = {
+    "64-true": "matmul_fp64_TFLOP_per_s",
+    "32-true": "matmul_fp32_TFLOP_per_s",
+    "bf16-true": "matmul_bf16_TFLOP_per_s",
+    "16-true": "matmul_bf16_TFLOP_per_s",
+    "bf16-mixed": "matmul_bf16_TFLOP_per_s",
+    "16-mixed": "matmul_bf16_TFLOP_per_s",
+}
+_NEEDED = ("matmul_share", "attention_share", "memory_GB_per_s", "memory_share", "devices_per_host", "kernel_us")
+_WITHIN = ("link_GB_per_s", "link_share", "link_latency_us")
+_ACROSS = ("host_link_GB_per_s", "host_link_share", "host_link_latency_us")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """`devices` equal devices; every rate is what is reached, not the peak.
+
+    Args:
+        island: devices that share the fast link.
+        flops_per_s: of large matrix products; attention_flops_per_s: of fused attention.
+        memory_bytes: of one device; infinite where the hardware does not say.
+        memory_bytes_per_s: of one device.
+        link_bytes_per_s, host_link_bytes_per_s: one device, one direction, inside an island and out of it.
+        link_s, host_link_s: the smallest exchange between two devices.
+        kernel_s: the smallest operation.
+        error: part by which times were off at the median, where that was measured; None where never.
+    """
+
+    name: str
+    devices: int
+    island: int
+    flops_per_s: float
+    attention_flops_per_s: float
+    memory_bytes: float
+    memory_bytes_per_s: float
+    link_bytes_per_s: float
+    host_link_bytes_per_s: float
+    link_s: float
+    host_link_s: float
+    kernel_s: float
+    error: float | None = None
+
+    def matmul(self, flops: float, nbytes: float) -> float:
+        """Seconds of one matrix product: its arithmetic or its memory traffic, whichever takes longer."""
+        return max(flops / self.flops_per_s, nbytes / self.memory_bytes_per_s) + self.kernel_s
+
+    def attention(self, flops: float, nbytes: float) -> float:
+        """Seconds of fused attention."""
+        return max(flops / self.attention_flops_per_s, nbytes / self.memory_bytes_per_s) + self.kernel_s
+
+    def stream(self, nbytes: float) -> float:
+        """Seconds of an operation that only reads and writes."""
+        return nbytes / self.memory_bytes_per_s + self.kernel_s
+
+    def spread(self, size: int, stride: int) -> int:
+        """How many ranks of a group have each other in their island, where the fewest have: ranks r + stride * k.
+
+        Groups that do not fill islands evenly straddle them: of blocks of 12 on islands of 8 some island has 4.
+        """
+        if self.devices <= self.island or size == 1:
+            return size
+        block = size * stride
+        if self.island % block == 0:
+            return size
+        return max(1, math.gcd(block, self.island) // stride)
+
+    def collective(self, kind: str, nbytes: float, size: int, stride: int = 1) -> float:
+        """Seconds of a collective in which each of `size` ranks sends `nbytes`, by `helix.partition.wire`'s count.
+
+        Alpha-beta: the latency of as many exchanges as a tree has levels, twice for an all-reduce, and the bytes over
+        the slower of the two links, which work at the same time. Across islands a gather or a reduction moves
+        each island's share once through the links of all its members; an all-to-all sends what is not for the island.
+        """
+        if size == 1 or nbytes == 0:
+            return 0.0
+        local = self.spread(size, stride)
+        islands = -(-size // local)
+        if kind == "all_to_all":
+            steps = (self.link_s if local > 1 else 0.0) + (self.host_link_s if islands > 1 else 0.0)
+            within, across = nbytes * (local - 1) / (size - 1), nbytes * (size - local) / (size - 1)
+        else:
+            levels = math.ceil(math.log2(local)) * self.link_s + math.ceil(math.log2(islands)) * self.host_link_s
+            steps = levels * (2 if kind == "all_reduce" else 1)
+            within = nbytes if local > 1 else 0.0
+            across = nbytes * (size - local) / (size - 1) / local
+        seconds = within / self.link_bytes_per_s
+        if islands > 1:
+            seconds = max(seconds, across / self.host_link_bytes_per_s)
+        return steps + seconds
+
+    def send(self, nbytes: float, distance: int) -> float:
+        """Seconds of one message to the rank that is `distance` further."""
+        inside = self.devices <= self.island or distance < self.island
+        rate, latency = (
+            (self.link_bytes_per_s, self.link_s) if inside else (self.host_link_bytes_per_s, self.host_link_s)
+        )
+        return nbytes / rate + latency
+
+
+def machine_of(hardware: HardwareConfig, precision: str, devices: int | None = None) -> Machine:
+    """The machine that a catalogue's file describes.
+
+    Args:
+        devices: how many to take; as many as the file's system has if None.
+
+    Raises:
+        ConfigError: naming the figures that are missing.
+    """
+    needed = [_PEAK[precision], *_NEEDED]
+    if devices is None:
+        needed.append("hosts")
+    count = devices or (hardware.hosts or 1) * (hardware.devices_per_host or 1)
+    island = hardware.devices_per_island or hardware.devices_per_host or 1
+    needed += [*(_WITHIN if count > 1 else ()), *(_ACROSS if count > island else ())]
+    missing = [f"hardware.{key}" for key in needed if _is_missing(key, getattr(hardware, key))]
+    if missing:
+        raise ConfigError(
+            f"hardware={hardware.name} does not say {', '.join(missing)}, which a plan of {count} devices with "
+            f"precision={precision} needs; give them, or take hardware=dgx_h100, h200, dgx_b200, dgx_a100 or l40s"
+        )
+    return _machine(hardware, precision, count, island)
+
+
+def _is_missing(key: str, value: float | None) -> bool:
+    return value is None or (value == 0 and key.endswith("per_s"))
+
+
+def _machine(hardware: HardwareConfig, precision: str, devices: int, island: int) -> Machine:
+    def rate(key: str, share: str, unit: float) -> float:
+        return (getattr(hardware, key) or math.inf) * (getattr(hardware, share) or 1.0) * unit
+
+    def seconds(key: str) -> float:
+        return (getattr(hardware, key) or 0.0) * 1e-6
+
+    return Machine(
+        name=hardware.name,
+        devices=devices,
+        island=island,
+        flops_per_s=rate(_PEAK[precision], "matmul_share", 1e12),
+        attention_flops_per_s=rate(_PEAK[precision], "attention_share", 1e12),
+        memory_bytes=(hardware.memory_GB_per_device or math.inf) * 1e9,
+        memory_bytes_per_s=rate("memory_GB_per_s", "memory_share", 1e9),
+        link_bytes_per_s=rate("link_GB_per_s", "link_share", 1e9),
+        host_link_bytes_per_s=rate("host_link_GB_per_s", "host_link_share", 1e9),
+        link_s=seconds("link_latency_us"),
+        host_link_s=seconds("host_link_latency_us"),
+        kernel_s=seconds("kernel_us"),
+        error=hardware.time_error_share,
+    )
