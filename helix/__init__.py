@@ -14,15 +14,17 @@ if TYPE_CHECKING:
     from helix.comm.launch import launch as launch
     from helix.partition.grid import Grid as Grid
     from helix.partition.grid import PartitionError as PartitionError
+    from helix.planner.plan import plan as plan
 
 __version__ = "0.1.0"
-__all__ = ["Grid", "HelixAttention", "PartitionError", "launch"]
+__all__ = ["Grid", "HelixAttention", "PartitionError", "launch", "plan"]
 
 _HOMES = {
     "Grid": "helix.partition.grid",
     "HelixAttention": "helix.attention",
     "PartitionError": "helix.partition.grid",
     "launch": "helix.comm.launch",
+    "plan": "helix.planner.plan",
 }
 
 

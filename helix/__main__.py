@@ -1,4 +1,4 @@
-"""`python -m helix bench attention|concat|checkpoint` and `helix checkpoint export|import|verify`; the options.
+"""`python -m helix bench attention|concat|checkpoint`, `checkpoint export|import|verify` and `plan`; the options.
 
 They are checked without torch.
 
@@ -21,6 +21,7 @@ from helix.config.schema import ConfigError
 from helix.partition.grid import Grid, HeadLayout, PartitionError
 from helix.partition.schedules import SCHEDULES, check_schedule, legal_schedules
 from helix.partition.shape import TransformerShape
+from helix.study import plan_command
 
 
 class _Parser(argparse.ArgumentParser):
@@ -36,6 +37,8 @@ def main(argv: list[str] | None = None) -> None:
         if options.command == "bench":
             _check(options)
             _bench(options)
+        elif options.command == "plan":
+            plan_command.run(options)
         else:
             _checkpoint(options)
     except (PartitionError, ConfigError, CheckpointError) as error:
@@ -124,7 +127,7 @@ def _say(error: str) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="python -m helix", description=__doc__.split(";")[0].replace("`", ""))
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{bench,checkpoint}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{bench,checkpoint,plan}")
     bench = commands.add_parser("bench", help="measure alternatives side by side, alternating in one launch")
     benches = bench.add_subparsers(dest="what", required=True, metavar="{attention,concat,checkpoint}")
     attention = benches.add_parser(
@@ -158,6 +161,9 @@ def _parser() -> argparse.ArgumentParser:
             help="saving and loading a model with AdamW's state against writing and reading as many bytes",
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         )
+    )
+    plan_command.add_options(
+        commands.add_parser("plan", help="choose a layout for a model and a machine, with its cost and why")
     )
     _add_checkpoint(commands.add_parser("checkpoint", help="whole weights to and from one safetensors file"))
     return parser
@@ -247,10 +253,8 @@ def _check_machine(options: argparse.Namespace) -> None:
         raise ConfigError(
             f"the bench forks its own ranks on one machine, whose clock they share; start it without {started.by}"
         )
-    if options.json is not None and not options.json.absolute().parent.is_dir():
-        raise ConfigError(f"--json {options.json}: there is no folder {options.json.absolute().parent}")
-    if options.json is not None and options.json.is_dir():
-        raise ConfigError(f"--json {options.json} is a folder; give a file's path")
+    if options.json is not None:
+        plan_command.check_file("--json", options.json)
 
 
 def _check_attention(options: argparse.Namespace, grid: Grid) -> None:

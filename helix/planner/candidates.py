@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from helix.partition import decode_cost, schedules
 from helix.partition.grid import Grid, divisors
 from helix.partition.shape import TransformerShape
-from helix.planner.estimate import Work
 from helix.planner.layout import Layout
+from helix.planner.work import Work
 
 
 @dataclass(frozen=True)

@@ -38,12 +38,21 @@ def _files(group: str) -> dict[str, Path]:
     return {path.stem: path for path in sorted((CONF / group).rglob("*.yaml"))}
 
 
-def _read(group: str, name: str) -> dict[str, Any]:
+def check_named(group: str, name: str) -> Path:
+    """The file of a group that has this name.
+
+    Raises:
+        ConfigError: if there is none, with those that there are.
+    """
     files = _files(group)
     stem = name.rpartition("/")[2]
     if stem not in files:
         near = get_close_matches(stem, files, n=1)
         meant = f" (did you mean {near[0]}?)" if near else ""
         raise ConfigError(f"there is no {group}={name}{meant}; choose one of: {', '.join(files)}")
-    content: dict[str, Any] = yaml.safe_load(files[stem].read_text())
+    return files[stem]
+
+
+def _read(group: str, name: str) -> dict[str, Any]:
+    content: dict[str, Any] = yaml.safe_load(check_named(group, name).read_text())
     return content

@@ -91,7 +91,7 @@ class Machine:
         local = self.spread(size, stride)
         islands = -(-size // local)
         if kind == "all_to_all":
-            steps = (self.link_s if local > 1 else 0.0) + (self.host_link_s if islands > 1 else 0.0)
+            steps = max(self.link_s if local > 1 else 0.0, self.host_link_s if islands > 1 else 0.0)
             within, across = nbytes * (local - 1) / (size - 1), nbytes * (size - local) / (size - 1)
         else:
             levels = math.ceil(math.log2(local)) * self.link_s + math.ceil(math.log2(islands)) * self.host_link_s

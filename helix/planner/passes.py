@@ -96,6 +96,17 @@ class Passes:
             exchange=sum(self._exchange(layout, key, count, ep_size) for key, count in moved.items())
         )
 
+    def sent_bytes(self, layout: Layout, batch: int, length: int, ep_size: int) -> int:
+        """Bytes that one rank sends in one layer of a pass; of Helix and tensor parallelism."""
+        cost = self._cost(layout, batch, length, ep_size)
+        moved = cost.bytes(0, [self._capacity(cost.tokens_per_shard)])
+        return sum(count for key, count in moved.items() if "/embedding." not in key and "/head." not in key)
+
+    def flops(self, layout: Layout, batch: int, length: int, ep_size: int = 1) -> int:
+        """FLOPs of the matrix products of a whole pass on one rank."""
+        cost = self._cost(layout, batch, length, ep_size)
+        return replace(cost, shape=replace(cost.shape, layers=self.shape.layers)).flops(0)
+
     def optimizer(self, parameters: float, bytes_each: int) -> Seconds:
         """AdamW's step: everything that a parameter has is read, and all but its gradient written."""
         return Seconds(memory=self.machine.stream(2 * parameters * bytes_each))

@@ -12,9 +12,10 @@ import yaml  # type: ignore[import-untyped]
 
 from helix.partition.shape import TransformerShape
 from helix.planner.catalogue import hardware
-from helix.planner.estimate import Estimator, Work
+from helix.planner.estimate import Estimator
 from helix.planner.layout import Layout
 from helix.planner.machine import machine_of
+from helix.planner.work import Work
 
 FOLDER = Path(__file__).parent / "published"
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from helix.config.schema import ConfigError
 from helix.planner.candidates import Asked, candidates
-from helix.planner.estimate import Estimate, Estimator
+from helix.planner.estimate import Estimator
 from helix.planner.layout import Layout
+from helix.planner.work import Estimate
 
 # What a plan may be for, and what of an estimate it makes small.
 GOALS: dict[str, Callable[[Estimate], float]] = {
@@ -56,7 +57,10 @@ def search(estimator: Estimator, goal: str, asked: Asked) -> Found:
             if estimator.fits(memory):
                 fitting.append(estimator.estimate(layout))
     cost = GOALS[goal]
-    fitting.sort(key=lambda one: (_rounded(cost(one)), one.memory.total, simplicity(one.layout)))
+    # Of those that are as good: the one that is soonest done, then the smallest, then the simplest.
+    fitting.sort(
+        key=lambda one: (_rounded(cost(one)), _rounded(one.seconds.total), one.memory.total, simplicity(one.layout))
+    )
     return Found(considered, tuple(fitting), smallest)
 
 

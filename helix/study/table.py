@@ -8,6 +8,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from helix.config.words import figure, size
 from helix.study.report import Measurement, Refusal, Report, Rival
 from helix.study.statistics import Paired, Summary
 
@@ -192,20 +193,3 @@ def _perslice_notice(report: Report, distance: float) -> Panel:
 
 def _mark(agrees: bool) -> Text:
     return Text("✓", style="green") if agrees else Text("✗ differ", style="bold red")
-
-
-def figure(value: float) -> str:
-    """A number to four significant digits, or whole and grouped by thousands from 1000 up."""
-    if value == 0:
-        return "0"
-    return f"{value:,.0f}" if abs(value) >= 999.95 else f"{value:.4g}"
-
-
-def size(count: int) -> str:
-    """Bytes in decimal units."""
-    value, unit = float(count), "B"
-    for larger in ("kB", "MB", "GB", "TB"):
-        if value < 999.5:
-            break
-        value, unit = value / 1000, larger
-    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.3g} {unit}"
