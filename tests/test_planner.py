@@ -247,7 +247,7 @@ def test_a_plan_is_json_a_table_and_a_picture() -> None:
         console.print(plan_table.render(plan))
     text = console.export_text()
     assert plan.best.layout.name in text.splitlines()[0]
-    assert "their error is unknown" in " ".join(text.split())
+    assert "error is unknown" in " ".join(text.split())
     assert max(map(len, text.splitlines())) <= 80
     axes = plan_plots.pareto_chart(plan).axes[0]
     assert len(axes.collections) == len(plan.rivals)

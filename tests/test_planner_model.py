@@ -40,6 +40,7 @@ LAYOUTS = [
     Layout("data", data=64),
     Layout("tensor", n=8, data=4, stage=2, microbatches=2),
     Layout("tensor", n=16, data=4, kv_copies=2),
+    Layout("tensor", n=16, data=4, kv_copies=2, sharded=True, decode="kvseq"),
     Layout("helix", 1, 8, data=8),
     Layout("helix", 4, 4, data=4, prefill="rows", decode="kvseq"),
     Layout("helix", 2, 8, data=4, prefill="batch", decode="batch"),
@@ -272,3 +273,19 @@ def test_a_figure_of_nothing_is_missing_too() -> None:
 )
 def test_known_models_have_their_parameters(name: str, billions: float) -> None:
     assert to_shape(catalogue.model(name)).parameters() / 1e9 == pytest.approx(billions, rel=2e-3)
+
+
+def test_sharers_of_a_key_value_head_hold_its_cache_once() -> None:
+    """Tensor parallelism on twice as many ranks as key/value heads: whole, or shared out by tokens."""
+    work = Work("generate", 16, 512, 32)
+    whole, shared = (
+        estimate(MACHINE, work, Layout("tensor", n=16, data=4, kv_copies=2, decode=cut)) for cut in ("heads", "kvseq")
+    )
+    sliced = estimate(MACHINE, work, Layout("helix", 2, 8, data=4, prefill="rows", decode="kvseq"))
+    assert whole.memory.cache == 2 * shared.memory.cache == 2 * sliced.memory.cache
+    assert whole.memory.weights == shared.memory.weights > sliced.memory.weights
+    assert whole.ttft_s == shared.ttft_s
+    cost = DecodeCost(replace(SHAPE, kv_heads=16), Grid(1, 16), "heads", 4, 100, 2, sharers=2)
+    assert cost.layer_bytes()["all_gather/attention.q"] == 4 * 32 * 2  # a head of each sample, to one other rank
+    assert cost.layer_bytes()["all_to_all/attention.merge"] == 4 * (32 + 2) * 4
+    assert cost.core_flops() == replace(cost, sharers=1).core_flops()

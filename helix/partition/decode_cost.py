@@ -41,6 +41,9 @@ class DecodeCost:
         batch: samples of one data replica.
         context: tokens in the cache, the new one included.
         itemsize: bytes of one number.
+        sharers: neighbouring ranks that hold the same key/value head and share its tokens out among them, as vLLM's
+            decode context parallelism does on more ranks than key/value heads; `shape` counts a head once for each
+            rank that holds it. For m = 1 only.
 
     Raises:
         PartitionError: if the cache cannot be cut so.
@@ -52,6 +55,7 @@ class DecodeCost:
     batch: int
     context: int
     itemsize: int
+    sharers: int = 1
 
     def __post_init__(self) -> None:
         reason = refusal(self.cache, self.shape.layout, self.grid, self.batch)
@@ -74,6 +78,12 @@ class DecodeCost:
             else:
                 own = -(-rows // m) * slice_dim
                 out["all_to_all/attention.merge"] = wire.all_to_all(m * own, own, self.itemsize)
+        if self.sharers > 1:
+            rows = self.batch * shape.heads // self.grid.n  # of queries that every sharer asks its tokens
+            share = rows * (shape.head_dim + 2)
+            out["all_gather/attention.q"] = wire.all_gather(rows * shape.head_dim, self.sharers, self.itemsize)
+            merged = wire.all_to_all(self.sharers * share, share, PARTIAL_ITEMSIZE)
+            out["all_to_all/attention.merge"] = merged
         return +out
 
     def end_bytes(self) -> Counter[str]:
@@ -91,7 +101,7 @@ class DecodeCost:
 
     def cache_bytes(self) -> int:
         """Bytes of the keys and values of one layer on the fullest rank, which a step reads."""
-        samples, tokens, heads = self.batch, self.context, self.shape.kv_heads // self.grid.n
+        samples, tokens, heads = self.batch, -(-self.context // self.sharers), self.shape.kv_heads // self.grid.n
         m = self.grid.m
         if self.cache == "kvseq":
             tokens = len(shard_range(tokens, m, 0))
@@ -103,7 +113,7 @@ class DecodeCost:
 
     def core_flops(self) -> int:
         """FLOPs of one layer's Q K^T and P V on the fullest rank: each cached number meets its group's queries."""
-        return self.cache_bytes() // self.itemsize * 2 * self.shape.layout.queries_per_kv
+        return self.cache_bytes() // self.itemsize * 2 * self.shape.layout.queries_per_kv * self.sharers
 
     def _sum(self) -> int:
         return wire.all_reduce(self.batch * self.shape.width, self.grid.ranks, self.itemsize)

@@ -148,16 +148,21 @@ class TransformerCost:
             held += self._tokens * self.length * shape.heads // n * max(4, self.itemsize)
         return held
 
-    def saved_bytes(self) -> int:
+    def saved_bytes(self, regather: bool = False) -> int:
         """Estimate of the bytes that one rank keeps of all layers for the backward pass, without recomputation.
 
-        Of each token and layer the stream, its norms and what they gather (6 E); the head group's queries to output
-        (4 H D / n); the MLP's hidden before and after its activation, cut over ranks; and the logits with their
-        softmax.
+        Of each token and layer what the two half blocks gather of the stream (2 E), and stream and norms (4 E), which
+        a sharded stream cuts over ranks; the head group's queries to output (4 H D / n); the MLP's hidden before and
+        after its activation, cut over ranks; and the logits with their softmax.
+
+        Args:
+            regather: whether the backward pass gathers the stream again, so that its shard is enough.
         """
         shape, p = self.shape, self.grid.ranks
+        shards = 1 if self.options.residual == "replicated" else p
         hidden = shape.dense_hidden + (shape.top_k * shape.mlp_hidden if shape.experts else 0)
-        layer = 6 * shape.width + 4 * shape.attention_width // self.grid.n + shape.mlp_matrices * hidden // p
+        layer = (2 * shape.width) // (shards if regather else 1) + 4 * shape.width // shards
+        layer += 4 * shape.attention_width // self.grid.n + shape.mlp_matrices * hidden // p
         return self._tokens * (shape.layers * layer + 3 * shape.vocab // p) * self.itemsize
 
     def flops(self, rank: int) -> int:

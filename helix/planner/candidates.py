@@ -64,7 +64,10 @@ def _replicas(shape: TransformerShape, work: Work, ranks: int, data: int, stage:
         return
     copies = kv_copies(shape, ranks)
     if copies is not None:
-        yield Layout("tensor", n=ranks, data=data, stage=stage, kv_copies=copies)
+        tensor = Layout("tensor", n=ranks, data=data, stage=stage, kv_copies=copies)
+        yield tensor
+        if copies > 1:  # on a sharded stream one copy is Helix on 1 x n
+            yield tensor.at(sharded=True)
     if ranks == 1:
         return
     yield from _helix(shape, work, ranks, data, stage)
@@ -99,7 +102,8 @@ def _scheduled(shape: TransformerShape, work: Work, layout: Layout) -> Iterator[
     for count in counts:
         cut = layout.at(microbatches=count)
         if layout.m == 1:
-            yield [cut]
+            shares = layout.kv_copies > 1 and work.mode == "generate"
+            yield [cut, cut.at(decode="kvseq")] if shares else [cut]
             continue
         samples, parts = batch // count, min(layout.stage, batch)
         prefills = [name for name in schedules.EXACT if _runs(shape, layout.grid, name, samples, work.length)]

@@ -55,7 +55,7 @@ class Estimator:
     def memory(self, layout: Layout) -> Memory:
         """Bytes of the fullest rank, by the closed forms that commands refuse by (`helix.config.memory`)."""
         work = self.work
-        key = ("weights", layout.method, layout.m, layout.n, layout.stage, layout.kv_copies, self.ep_size(layout))
+        key = ("weights", layout.replica, layout.stage, self.ep_size(layout))
         weights = self._once(key, lambda: self._weight_bytes(layout))
         state = weights * (work.state_bytes // work.weight_bytes - 1) if work.mode == "train" else 0
         if layout.shard_data:  # gradients and weights stay whole, the two moments are shared out over the replicas
@@ -108,7 +108,7 @@ class Estimator:
     def _activation_bytes(self, layout: Layout) -> int:
         batch = self.samples(layout)
         tokens_over = layout.n if layout.method in ("ulysses", "context") else 1
-        key = ("held", layout.method, layout.m, layout.n, layout.prefill, layout.stage, batch, layout.recompute)
+        key = ("held", layout.replica, layout.prefill, layout.stage, batch, layout.recompute)
         held = self._once(key, lambda: self._held(layout, batch))
         # GPipe keeps every microbatch; without stages gradients accumulate, one microbatch after the other.
         kept = layout.microbatches if self.work.mode == "train" and layout.stage > 1 else 1
@@ -125,7 +125,7 @@ class Estimator:
         if work.mode != "train":
             return cost.activation_bytes()
         if layout.recompute != "full":
-            return cost.saved_bytes()
+            return cost.saved_bytes(regather=layout.recompute == "selective")
         inputs = stage.layers * cost.tokens_per_shard * stage.width * work.itemsize
         return inputs + replace(cost, shape=replace(stage, layers=1)).saved_bytes()
 
@@ -133,29 +133,19 @@ class Estimator:
         work, batch = self.work, self._replica(layout)
         if work.mode != "generate":
             return 0
-        cut = layout.decode if layout.m > 1 else "heads"
-        key = ("cache", layout.m, layout.n, cut, batch, layout.stage, layout.kv_copies)
+        key = ("cache", layout.replica, layout.decode, batch, layout.stage)
 
         def held() -> int:
             stage, context = self._stage_shape(layout), work.length + work.new_tokens
-            return stage.layers * DecodeCost(stage, layout.grid, cut, batch, context, work.itemsize).cache_bytes()
+            cost = DecodeCost(stage, layout.grid, layout.cache, batch, context, work.itemsize, layout.sharers)
+            return stage.layers * cost.cache_bytes()
 
         return self._once(key, held)
 
     def _layer(self, layout: Layout, batch: int, length: int) -> tuple[LayerTime, Seconds]:
         """A layer's pass and the ends', of one microbatch."""
         ep_size = self.ep_size(layout)
-        key = (
-            "layer",
-            layout.method,
-            layout.m,
-            layout.n,
-            layout.prefill,
-            layout.kv_copies,
-            layout.fused,
-            batch,
-            ep_size,
-        )
+        key = ("layer", layout.replica, layout.prefill, batch, ep_size)
         return self._once(key, lambda: self._layer_and_ends(layout, batch, length, ep_size))
 
     def _layer_and_ends(self, layout: Layout, batch: int, length: int, ep_size: int) -> tuple[LayerTime, Seconds]:
@@ -259,5 +249,5 @@ class Estimator:
         """A layer's decoding step and the ends', with half of the new tokens in the cache."""
         _, batch = self._parts(layout)
         context, ep_size = self.work.length + max(1, self.work.new_tokens // 2), self.ep_size(layout)
-        key = ("decode", layout.method, layout.m, layout.n, layout.decode, layout.kv_copies, batch, ep_size)
+        key = ("decode", layout.replica, layout.decode, batch, ep_size)
         return self._once(key, lambda: self.passes.decode(layout, batch, context, ep_size))

@@ -30,6 +30,8 @@ class Layout:
         recompute: what a backward pass computes again: none, selective (the core attention, and what was gathered),
             or full (all of the forward pass).
         interleave: runs of layers of each pipeline stage (Megatron's virtual stages).
+        sharded: whether tensor parallelism's stream is cut over tokens (Megatron's sequence parallelism); with one
+            copy of each key/value head that is Helix on 1 x n.
         kv_copies: how often each key/value head is held, where tensor parallelism has more ranks than those.
         shard_data: whether AdamW's moments are shared out over the replicas (parallel.shard_data).
         fused: whether attention is one kernel that never writes its scores.
@@ -45,6 +47,7 @@ class Layout:
     microbatches: int = 1
     recompute: str = "none"
     interleave: int = 1
+    sharded: bool = False
     kv_copies: int = 1
     shard_data: bool = False
     fused: bool = True
@@ -54,13 +57,29 @@ class Layout:
         return Grid(self.m, self.n)
 
     @property
+    def replica(self) -> tuple[object, ...]:
+        """What decides how one replica's layers are cut, besides their schedules."""
+        return self.method, self.m, self.n, self.sharded, self.kv_copies, self.fused
+
+    @property
     def ranks(self) -> int:
         """Of the whole layout."""
         return self.m * self.n * self.data * self.stage
 
     @property
     def options(self) -> AttentionOptions:
-        return AttentionOptions(self.prefill, residual="replicated" if self.method == "tensor" else "sharded")
+        replicated = self.method == "tensor" and not self.sharded
+        return AttentionOptions(self.prefill, residual="replicated" if replicated else "sharded")
+
+    @property
+    def sharers(self) -> int:
+        """Ranks that hold the same key/value head in tensor parallelism and share the cache of it out by tokens."""
+        return self.kv_copies if self.decode == "kvseq" else 1
+
+    @property
+    def cache(self) -> str:
+        """How the m-group cuts the cache; heads where it is no group."""
+        return self.decode if self.m > 1 else "heads"
 
     @property
     def name(self) -> str:
@@ -69,7 +88,7 @@ class Layout:
             return "single" if self.ranks == 1 else f"dp{self.data}"
         head = {
             "helix": f"helix_{self.m}x{self.n}",
-            "tensor": f"tp{self.n}",
+            "tensor": f"tp{self.n}" + ("_sp" if self.sharded else ""),
             "ulysses": f"ulysses{self.n}",
             "context": f"cp{self.n}",
         }[self.method]

@@ -79,7 +79,7 @@ class Passes:
     def decode(self, layout: Layout, batch: int, context: int, ep_size: int) -> tuple[Seconds, Seconds]:
         """A layer's decoding step, and the ends': one token of each of `batch` samples."""
         shape, p, e = self._kept(layout), layout.grid.ranks, self.itemsize
-        cost = DecodeCost(shape, layout.grid, layout.decode if layout.m > 1 else "heads", batch, context, e)
+        cost = DecodeCost(shape, layout.grid, layout.cache, batch, context, e, layout.sharers)
         group = (shape.heads + 2 * shape.kv_heads) * shape.head_dim // p
         matmul = self._product(batch, shape.width, group) + self._product(
             batch, shape.attention_width // p, shape.width
@@ -163,7 +163,7 @@ class Passes:
     def _capacity(self, tokens: int) -> int:
         """Rows of the fullest expert that one rank sends to."""
         shape = self.shape
-        return round(expected_fullest(tokens * shape.top_k, shape.experts)) if shape.experts else 0
+        return max(1, round(expected_fullest(tokens * shape.top_k, shape.experts))) if shape.experts else 0
 
     def _experts(self, cost: TransformerCost) -> Seconds:
         """A rank's experts on what the ranks of its expert group send, each padded to the fullest."""
@@ -204,7 +204,7 @@ class Passes:
         if name in ("experts", "experts.capacity"):
             size = ep_size
         elif name.startswith("attention.") and name not in ("attention.enter", "attention.leave"):
-            size = layout.m
+            size = layout.m if layout.m > 1 else layout.sharers
         else:
             size = layout.grid.ranks
         return self.machine.collective(kind, nbytes, size)

@@ -108,10 +108,11 @@ def _slices(estimator: Estimator, found: Found, goal: str) -> str:
     if layout.m == 1 and layout.n == 1:
         return "m=1, n=1: layers are divided, and attention is not."
     if layout.kv_copies > 1:
+        held = "their weights; the cache is shared out by tokens" if layout.sharers > 1 else "their weights and cache"
         return (
             f"Tensor parallelism with {layout.kv_copies} copies of each of {shape.kv_heads} key/value heads on "
-            f"{layout.n} ranks: whole heads for every rank, at {layout.kv_copies} times the memory of their weights "
-            "and cache." + _rival(best, alike, goal)
+            f"{layout.n} ranks: whole heads for every rank, at {layout.kv_copies} times the memory of {held}."
+            + _rival(best, alike, goal)
         )
     if layout.m == 1:
         return f"m=1: {shape.kv_heads} key/value heads divide over {layout.n} ranks" + _for_nothing(

@@ -37,7 +37,7 @@ def pareto_chart(plan: Plan) -> Figure:
     axes.legend(fontsize=7.5, loc="best")
     axes.set_title(f"Layouts of {plan.model} on {plan.devices} devices of {plan.hardware}")
     work = plan.work
-    caption(chart, f"{work.mode}, batch {work.batch} x {work.length}, {work.precision}", plan.assumptions[0])
+    caption(chart, f"{work.mode}, batch {work.batch} x {work.length}, {work.precision}", plan.band.split(":")[0])
     return chart
 
 
