@@ -75,6 +75,11 @@ def all_to_all(x: Tensor, axis: Axis, send: list[int], receive: list[int], name:
     return x if axis.size == 1 else _AllToAll.apply(x, axis, send, receive, name)
 
 
+def all_to_all_even(x: Tensor, axis: Axis, name: str) -> Tensor:
+    """x[P, ..] -> [P, ..], x[r] going to rank r; the backward sends every row back where it came from."""
+    return _apply(x, axis, name, transport.all_to_all_even, transport.all_to_all_even)
+
+
 def all_gather(x: Tensor, axis: Axis, name: str) -> Tensor:
     """x[X@axis, ..] -> [X, ..], for sharded work. Backward: reduce-scatter."""
     return _apply(x, axis, name, transport.all_gather, transport.reduce_scatter)
