@@ -288,14 +288,15 @@ def _dealt(cache: Any, places: Mapping[int, Place]) -> DynamicCache:
         kind = "an offloaded cache" if getattr(cache, "offloading", False) else f"a {type(cache).__name__}"
         raise ValueError(f"a partitioned model keeps its keys in a DynamicCache without offloading, not in {kind}")
     for layer in cache.layers:
-        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+        if not isinstance(layer, DynamicLayer) or type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
             whose = "another partitioned model" if isinstance(layer, DealtLayer) else f"a {type(layer).__name__}"
             raise ValueError(f"a partitioned model needs a new DynamicCache; this one is of {whose}")
         if layer.get_seq_length():
             raise ValueError("a cache with another model's tokens in it cannot be dealt out; start from a new one")
-    windows = [getattr(layer, "sliding_window", None) for layer in cache.layers] or [None] * len(places)
-    recording = [getattr(layer, "record_past", False) for layer in cache.layers] or [False] * len(places)
-    cache.layers = [DealtLayer(place, window) for place, window in zip(places.values(), windows, strict=True)]
-    for layer, records in zip(cache.layers, recording, strict=True):
-        layer.record_past = records
+    old: list[Any] = [*cache.layers] or [None] * len(places)
+    new = []
+    for place, layer in zip(places.values(), old, strict=True):
+        new.append(DealtLayer(place, getattr(layer, "sliding_window", None)))
+        new[-1].record_past = getattr(layer, "record_past", False)
+    cache.layers = [*new]
     return cache
