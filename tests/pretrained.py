@@ -36,7 +36,7 @@ def config(
 
     Args:
         kv_heads: of families with grouped heads; the others have `heads`.
-        head_dim: features of a head; the width of the stream is heads * head_dim, in Qwen 3 and Gemma 8 more.
+        head_dim: features of a head; the width of the stream is heads * head_dim, in Qwen 3 and Gemma somewhat more.
         hidden: of the MLP and of each expert.
         changes: any other of the family's keys.
     """
@@ -52,7 +52,7 @@ def config(
     if family in GROUPED:
         sizes |= {"num_key_value_heads": kv_heads, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     if family in ("qwen3", "qwen3_moe", "gemma2", "gemma3_text"):
-        sizes |= {"head_dim": head_dim, "hidden_size": width + 8}
+        sizes |= {"head_dim": head_dim, "hidden_size": width + 2 * heads}
     sizes |= _OWN.get(family, {})
     if family in ("gemma2", "gemma3_text"):
         sizes["query_pre_attn_scalar"] = head_dim

@@ -57,6 +57,9 @@ class PretrainedShape:
     tied: bool = False
     causal: bool = True
 
+    def __post_init__(self) -> None:
+        _ = self.layout  # refuses KV heads that do not divide the heads
+
     @property
     def layout(self) -> HeadLayout:
         """Without RoPE's pairs: heads are whole again before it turns them."""

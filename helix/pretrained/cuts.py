@@ -22,7 +22,6 @@ from helix.pretrained.structure import (
     tensor,
 )
 
-
 # torch's grouped matrix product, which transformers calls for experts, wants rows of a multiple of 16 bytes.
 EXPERT_MULTIPLE = 8
 
