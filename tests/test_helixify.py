@@ -56,7 +56,7 @@ def answers(model: PreTrainedModel, family: str) -> dict[str, Tensor]:
     with torch.no_grad():
         out = {"padded": logits(model, inputs), "whole": model(inputs["input_ids"]).logits}
         if family in CAUSAL:
-            out["greedy"] = model.generate(**inputs, max_new_tokens=7, do_sample=False)
+            out["greedy"] = model.generate(**inputs, max_new_tokens=4, do_sample=False)
     return out
 
 
@@ -229,8 +229,9 @@ def _one(model: PreTrainedModel) -> Tensor:
 
 
 def _longer(model: PreTrainedModel) -> Tensor:
-    """Up to the context's end, window after window."""
-    return model.generate(batch(size=1, padded=0)["input_ids"], max_length=CONTEXT, do_sample=False, eos_token_id=None)
+    """Up to the end of the context."""
+    ids = batch(size=1, length=CONTEXT - 20, padded=0)["input_ids"]
+    return model.generate(ids, max_length=CONTEXT, do_sample=False, eos_token_id=None)
 
 
 ASKED: dict[str, Callable[[PreTrainedModel], Tensor]] = {
