@@ -134,17 +134,17 @@ class DealtLayer(DynamicLayer):
         count = stride.count(seen, self._length)
         keys, values = (part.last(count) for part in self._parts)
         self.place.held = Held(keys, self._sharing, slice(stride.first(seen), None, stride.step))
-        self._forget()
+        if not self.record_past:
+            self._forget()
+        self._show()
         return keys, values
 
     def _forget(self) -> None:
         """Drop what no later token will see."""
-        if not self.record_past:
-            start = self.window.start(self._length)
-            for part in self._parts:
-                part.drop(first=self._stride.count(self._oldest, start))
-            self._oldest = start
-        self._show()
+        start = self.window.start(self._length)
+        for part in self._parts:
+            part.drop(first=self._stride.count(self._oldest, start))
+        self._oldest = start
 
     @property
     def _stride(self) -> Stride:
@@ -201,6 +201,7 @@ class DealtLayer(DynamicLayer):
         self._length = length
         if length:
             self._forget()
+            self._show()
         else:
             self._clear()  # the next batch may be of another size
 
