@@ -1,4 +1,4 @@
-"""`python -m helix bench attention|concat|checkpoint` and `helix checkpoint export|import|verify`; the options.
+"""`python -m helix bench attention|concat|checkpoint`, `checkpoint export|import|verify` and `gguf`; the options.
 
 They are checked without torch.
 
@@ -21,6 +21,7 @@ from helix.config.schema import ConfigError
 from helix.partition.grid import Grid, HeadLayout, PartitionError
 from helix.partition.schedules import SCHEDULES, check_schedule, legal_schedules
 from helix.partition.shape import TransformerShape
+from helix.pretrained import gguf
 
 
 class _Parser(argparse.ArgumentParser):
@@ -36,6 +37,8 @@ def main(argv: list[str] | None = None) -> None:
         if options.command == "bench":
             _check(options)
             _bench(options)
+        elif options.command == "gguf":
+            gguf.convert(options.file, options.folder, options.dtype)
         else:
             _checkpoint(options)
     except (PartitionError, ConfigError, CheckpointError) as error:
@@ -124,7 +127,7 @@ def _say(error: str) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="python -m helix", description=__doc__.split(";")[0].replace("`", ""))
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{bench,checkpoint}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{bench,checkpoint,gguf}")
     bench = commands.add_parser("bench", help="measure alternatives side by side, alternating in one launch")
     benches = bench.add_subparsers(dest="what", required=True, metavar="{attention,concat,checkpoint}")
     attention = benches.add_parser(
@@ -160,6 +163,10 @@ def _parser() -> argparse.ArgumentParser:
         )
     )
     _add_checkpoint(commands.add_parser("checkpoint", help="whole weights to and from one safetensors file"))
+    converted = commands.add_parser("gguf", help="make a GGUF file a Hugging Face folder, which model.path= takes")
+    converted.add_argument("file", type=Path, help="of llama.cpp, quantized or not", metavar="FILE.gguf")
+    converted.add_argument("folder", type=Path, help="the new folder", metavar="FOLDER")
+    converted.add_argument("--dtype", choices=gguf.DTYPES, default="float32", help="of the new weights")
     return parser
 
 

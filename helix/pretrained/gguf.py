@@ -7,10 +7,13 @@ loads one. So it is done once, by one process, which must not be one that forks 
 
 from __future__ import annotations
 
+import functools
+import os
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,7 @@ from helix.checkpoint import manifest as disk
 from helix.checkpoint.content import CheckpointError
 
 DTYPES = ("float32", "bfloat16", "float16")
-NEEDED = "pip install gguf accelerate sentencepiece"
+NEEDED = "pip install 'helix-attention[pretrained]'"
 
 
 def check(file: Path, folder: Path) -> None:
@@ -41,7 +44,8 @@ def check(file: Path, folder: Path) -> None:
 def convert(file: Path, folder: Path, dtype: str = "float32") -> int:
     """Make a folder with config.json, safetensors, tokenizer and chat template of a GGUF file, and say how it goes.
 
-    The folder has its name only when all of it is on the disk.
+    The folder has its name only when all of it is on the disk. This process is for nothing else afterwards: progress
+    bars are off.
 
     Args:
         folder: that does not exist.
@@ -56,11 +60,13 @@ def convert(file: Path, folder: Path, dtype: str = "float32") -> int:
     """
     check(file, folder)
     draft, begun = disk.draft(folder.absolute()), time.monotonic()
-    _say(f"converting {file.name} ({file.stat().st_size / 1e6:.0f} MB), once: ")
+    _say(f"converting {file.name} ({file.stat().st_size / 1e6:.0f} MB), once: libraries, ")
     try:
+        _import()
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
-        nbytes = _write(file, draft, dtype)
+        with _read_once():
+            nbytes = _write(file, draft, dtype)
         for path in draft.iterdir():
             disk.sync(path)
         disk.sync(draft)
@@ -75,17 +81,21 @@ def convert(file: Path, folder: Path, dtype: str = "float32") -> int:
     return nbytes
 
 
-def _write(file: Path, draft: Path, dtype: str) -> int:
-    _say("libraries, ")
+def _import() -> None:
+    os.environ["TQDM_DISABLE"] = "1"  # before tqdm is imported; transformers' own switch does not reach every bar
     try:
         import accelerate  # noqa: F401  what transformers would ask for, at greater length
         import gguf  # noqa: F401
-        import torch
         import transformers
     except ModuleNotFoundError as error:
         raise CheckpointError(f"reading a GGUF needs {error.name}, which is not installed: {NEEDED}") from None
     transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+
+
+def _write(file: Path, draft: Path, dtype: str) -> int:
+    import torch
+    import transformers
+
     source: dict[str, Any] = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
     _say("configuration, ")
     config = _told(file, lambda: transformers.AutoConfig.from_pretrained(**source))
@@ -106,9 +116,36 @@ def _write(file: Path, draft: Path, dtype: str) -> int:
     model.hf_quantizer, model.is_quantized = None, False
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    model.save_pretrained(draft)
+    with _without_deepspeed():
+        model.save_pretrained(draft)
     tokenizer.save_pretrained(draft)
     return sum(path.stat().st_size for path in draft.glob("*.safetensors"))
+
+
+@contextmanager
+def _read_once() -> Iterator[None]:
+    """transformers reads the file for the configuration, the weights and the tokenizer, each of its words anew, which
+    is a third of the time."""
+    import gguf
+
+    original = gguf.GGUFReader
+    gguf.GGUFReader = functools.cache(original)  # type: ignore[assignment,misc]
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = original  # type: ignore[misc]
+
+
+@contextmanager
+def _without_deepspeed() -> Iterator[None]:
+    """accelerate imports DeepSpeed, where it is installed, to look whether a model is one of its; it says so aloud."""
+    known = sys.modules.get("deepspeed")
+    sys.modules["deepspeed"] = known  # type: ignore[assignment]  # None: not found
+    try:
+        yield
+    finally:
+        if known is None:
+            del sys.modules["deepspeed"]
 
 
 def _check_family(config: dict[str, Any]) -> None:
@@ -140,6 +177,8 @@ def main() -> None:
     except ValueError as error:
         print(error)
         raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":
