@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import socket
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch.distributed as dist
 from torch import Tensor
@@ -17,6 +18,7 @@ from torch import Tensor
 from helix.checkpoint.content import CheckpointError
 from helix.config.schema import ParallelConfig, WorkloadConfig
 from helix.generation.contenders import Contender, Source, contender
+from helix.generation.errors import Diverged
 from helix.generation.passes import Heard, Moment, Task, answer, answer_recorded, check_agreement
 from helix.generation.views import View, make_printable, view_for
 from helix.partition.grid import PartitionError
@@ -78,34 +80,31 @@ def measure(
     Returns:
         what this rank found of each method that runs; the words of those that refused; the methods that run.
     """
-    running, refusals = _build(protocol, source)
-    found = {name: Found(socket.gethostname(), each.weight_bytes(), each.idle_ranks) for name, each in running.items()}
     view: View | None = None
     if dist.get_rank() == 0:
         make_printable()
         view = view_for(len(task.prompts.texts), task.generate.chat)
-    for _ in range(protocol.work.warmup):
-        for name, each in running.items():
-            _warm_up(task, each, found[name], view)
-            view = None  # only the first answers of the main method are shown
-    _take_turns(protocol, task, running, found, tracker, view)
-    return found, refusals, running
-
-
-def _build(protocol: Protocol, source: Source) -> tuple[dict[str, Contender], dict[str, str]]:
     running: dict[str, Contender] = {}
+    found: dict[str, Found] = {}
     refusals: dict[str, str] = {}
     for number, (name, layout) in enumerate(protocol.layouts.items()):
         try:
-            running[name] = together(lambda layout=layout: contender(source, layout))  # type: ignore[misc]
+            running[name] = together(partial(contender, source, layout))
+            found[name] = Found(socket.gethostname(), running[name].weight_bytes(), running[name].idle_ranks)
+            for _ in range(protocol.work.warmup):
+                together(partial(_warm_up, task, running[name], found[name], view))
+                view = None  # only the first answers of the main method are shown
         except Refused as refused:
             if number == 0:
-                if isinstance(refused.__cause__, (PartitionError, CheckpointError)):
+                if isinstance(refused.__cause__, (PartitionError, CheckpointError, Diverged)):
                     raise refused.__cause__ from None
                 raise RuntimeError(f"{name} cannot run: {refused}") from refused.__cause__
+            for each in (running, found):
+                each.pop(name, None)
             refusals[name] = str(refused)
             gc.collect()
-    return running, refusals
+    _take_turns(protocol, task, running, found, tracker, view)
+    return found, refusals, running
 
 
 def _warm_up(task: Task, each: Contender, found: Found, view: View | None) -> None:
@@ -151,7 +150,8 @@ def _take_turns(
                 if len(own.timed) <= turn.run:
                     own.timed.append([])
                 own.timed[turn.run] += [(one.begin_s, tuple(one.token_s)) for one in heard]
-                metrics |= _metrics("" if turn.method == next(iter(running)) else f"{turn.method}/", heard)
+                if dist.get_rank() == 0:
+                    metrics |= _metrics("" if turn.method == next(iter(running)) else f"{turn.method}/", heard)
             progress.advance(bar)
             if turn.ends_pass and metrics:
                 tracker.log({"run": turn.run} | metrics, step=turn.batch)

@@ -17,6 +17,7 @@ from helix.comm.record import Span, record
 from helix.config.schema import GenerateConfig
 from helix.generation.answers import Answer
 from helix.generation.contenders import Contender, cache_bytes
+from helix.generation.errors import Diverged
 from helix.generation.listening import Listener
 from helix.generation.sampling import chosen
 from helix.generation.tokens import Prompts
@@ -24,10 +25,6 @@ from helix.generation.views import View
 
 # Tokens of a recorded answer: the prompt's, one of a decode step to warm up, and three of recorded ones.
 RECORDED = 5
-
-
-class Diverged(RuntimeError):
-    """Ranks that chose different tokens."""
 
 
 @dataclass(frozen=True)
