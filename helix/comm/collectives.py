@@ -67,7 +67,11 @@ def _own_share(x: Tensor, axis: Axis, name: str) -> Tensor:
 
 
 def _apply(x: Tensor, axis: Axis, name: str, forward: Any, backward: Any) -> Tensor:
-    return x if axis.size == 1 else _Pair.apply(x, axis, name, forward, backward)
+    if axis.size == 1:
+        return x
+    if not (x.requires_grad and torch.is_grad_enabled()):
+        return forward(x, axis, name)  # autograd's own bookkeeping costs more than a small exchange's copy
+    return _Pair.apply(x, axis, name, forward, backward)
 
 
 def all_to_all(x: Tensor, axis: Axis, send: list[int], receive: list[int], name: str) -> Tensor:
