@@ -163,7 +163,7 @@ def _told(file: Path, read: Callable[[], Any]) -> Any:
             raise
         raise CheckpointError(f"{file} cannot be read: {error}") from error
     except Exception as error:  # the reader meets damage as an IndexError, a KeyError, a struct.error, ..
-        raise CheckpointError(f"{file} is damaged or of an unknown kind: {error}") from error
+        raise CheckpointError(f"{file} is damaged or of an unknown kind: {' '.join(str(error).split())}") from error
 
 
 def _say(words: str) -> None:

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, GenerationConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    GenerationConfig,
+    PreTrainedModel,
+)
+from transformers.initialization import no_init_weights
+from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
 from helix.checkpoint.agree import sentence, together
 from helix.checkpoint.content import CheckpointError
@@ -66,19 +76,29 @@ def empty(folder: Path | str, dtype: torch.dtype = torch.float32) -> PreTrainedM
     Raises:
         PartitionError, CheckpointError: as `load`.
     """
-    shape = describe(read_config(folder))
-    kind = AutoModelForCausalLM if shape.causal else AutoModelForMaskedLM
+    stated = read_config(folder)
+    shape = describe(stated)
+    kind = AutoModelForCausalLM if shape.causal else _encoder_kind(stated)
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        with init_empty_weights(include_buffers=False):
+        # Buffers are computed, as rotary embeddings' frequencies. Random weights on no device take a second.
+        with no_init_weights(), init_empty_weights(include_buffers=False):
             model: PreTrainedModel = kind.from_config(config, dtype=dtype)
         model.tie_weights()  # each module's tensor was moved to the meta device by itself
         if shape.causal and (Path(folder) / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"transformers makes no model of {folder}: {sentence(error)}") from error
+    except Exception as error:  # a configuration can be wrong in every way, and transformers notices anywhere
+        raise CheckpointError(
+            f"transformers makes no model of {folder}: {' '.join(sentence(error).split())}"
+        ) from error
     model.name_or_path = str(folder)
     return model
+
+
+def _encoder_kind(stated: dict[str, Any]) -> type[AutoModel | AutoModelForMaskedLM]:
+    """With the head that predicts masked words, or, if config.json says so, without any."""
+    first, *_ = stated.get("architectures") or [None]
+    return AutoModel if first in MODEL_MAPPING_NAMES.values() else AutoModelForMaskedLM
 
 
 def _read(

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from accelerate import init_empty_weights
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
@@ -119,9 +118,8 @@ def _whole(model: PreTrainedModel) -> PreTrainedModel:
     """The model as it was before it was partitioned, on the meta device."""
     config = copy.deepcopy(model.config)
     config.dtype, config.architectures = model.dtype, [type(model).__name__]
-    with init_empty_weights():
+    with torch.device("meta"):
         whole: PreTrainedModel = type(model)(config)
-    whole.tie_weights()
     return whole
 
 
