@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from helix.partition.families import describe
 from helix.partition.grid import Grid
@@ -45,12 +45,13 @@ class Store:
 
     def append(self, new: Tensor) -> None:
         count = new.shape[2]
-        if not count:
-            return
         if torch.is_grad_enabled() and (new.requires_grad or self._room.requires_grad):
-            # A gradient goes through what is kept, so it is not written over.
+            # A gradient goes through what is kept, so it is not written over; also none of the tokens is a part of
+            # the graph, so that this rank's backward takes part in the collectives.
             self._room, self._start = torch.cat([self.held, new], 2), 0
             self._stop = self._room.shape[2]
+            return
+        if not count:
             return
         if self._stop + count > self._room.shape[2] or self._is_closed():
             self._grow(count)
@@ -276,7 +277,8 @@ def _caches(model: Any, given: Mapping[str, Any]) -> bool:
 
 
 def _is_dealt(cache: Any) -> bool:
-    return isinstance(cache, Cache) and bool(cache.layers) and isinstance(cache.layers[0], DealtLayer)
+    layers = getattr(cache, "layers", None)  # transformers has caches of caches too
+    return bool(layers) and isinstance(layers[0], DealtLayer)
 
 
 def _dealt(cache: Any, places: Mapping[int, Place]) -> DynamicCache:

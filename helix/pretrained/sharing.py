@@ -38,6 +38,10 @@ class Sharing(ABC):
     def __init__(self, axis: Axis) -> None:
         self.axis, self.stride = axis, Stride()
 
+    def __deepcopy__(self, memo: object) -> Sharing:
+        """Itself: the cache of a prompt that many texts begin with may be copied; the ranks stay who they are."""
+        return self
+
     @abstractmethod
     def keep(self, new: Tensor, first: int) -> Tensor:
         """Of new[B, K@head, T, D], at positions `first` on, what this rank caches; a view."""
@@ -212,7 +216,7 @@ class Place:
         self._ways = {name: way(axis) for name, way in _WAYS.items()}
 
     def __deepcopy__(self, memo: object) -> Place:
-        """Itself: there is one such place, whose cache may be copied, as for a prompt that many share."""
+        """Itself, as in `Sharing`."""
         return self
 
     def prefill(self, keys: Tensor) -> Sharing:
