@@ -143,6 +143,9 @@ def refused_when_called() -> list[str]:
     ids = batch(padded=0)["input_ids"]
     refused(PartitionError, lambda: model(ids, output_attentions=True))
     refused(IndexError, lambda: model(ids + 60))
+    refused(PartitionError, lambda: model.save_pretrained("nowhere"))
+    refused(PartitionError, lambda: model.resize_token_embeddings(100))
+    refused(PartitionError, lambda: copy.deepcopy(model))
     model.train()
     torch.manual_seed(model.helix.model.rank)
     refused(PartitionError, lambda: model(ids))
@@ -152,9 +155,14 @@ def refused_when_called() -> list[str]:
 
 
 def test_refuses_calls_that_it_cannot_answer() -> None:
-    attentions, unknown, dropout = on_ranks(2, refused_when_called)[0]
+    attentions, unknown, saved, resized, copied, dropout = on_ranks(2, refused_when_called)[0]
     assert attentions == "no rank has whole attention weights; call the model without output_attentions"
     assert unknown.startswith("ids must be 0 to 66, and there is one of ")
+    assert saved == (
+        "a partitioned model does not run save_pretrained: write it with helix.pretrained.saving.save(model, folder)"
+    )
+    assert resized.endswith("does not run resize_token_embeddings: resize the whole model, then call helixify")
+    assert copied.endswith("does not run __deepcopy__: copy the whole model, and call helixify for both")
     assert dropout.startswith("dropout needs the same random numbers on every rank; call torch.manual_seed with")
 
 
@@ -259,7 +267,7 @@ def test_a_model_on_the_meta_device_gets_the_same_shapes() -> None:
 
 
 def others() -> dict[str, float]:
-    """Models of known families with other heads, or none; with checkpointing; in bf16; in other expert code."""
+    """Models of known families with other heads, or none; with other expert code; checkpointing; two replicas."""
     mesh, out = Mesh(Grid(2, 2)), {}
     for kind, family in (
         (transformers.LlamaModel, "llama"),
@@ -283,6 +291,11 @@ def others() -> dict[str, float]:
         with torch.no_grad():
             out[f"experts {way}"] = error(logits(part, batch()), logits(whole, batch()))
     out["checkpointing"] = _checkpointed(mesh)
+    replicas = Mesh(Grid(2, 1), data=2)
+    own = batch(seed=replicas.data.rank)
+    out["replicas"] = error(
+        logits(helixify(tiny("llama"), replicas), own).detach(), logits(tiny("llama"), own).detach()
+    )
     return out
 
 

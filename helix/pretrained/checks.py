@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -124,6 +124,30 @@ def _check_others(layer: nn.Module, where: str, family: Family, width: int) -> N
                 f"{where}.{name} is no part of the layers of {type(layer).__name__} that Helix knows; "
                 "remove or merge what was added to the model"
             )
+
+
+# What would go on with the rank's part as if it were the whole, and what to do instead.
+_UNFIT = {
+    "save_pretrained": "write it with helix.pretrained.saving.save(model, folder)",
+    "push_to_hub": "write it with helix.pretrained.saving.save(model, folder), and push that",
+    "resize_token_embeddings": "resize the whole model, then call helixify",
+    "set_attn_implementation": "its attention is Helix's own",
+    "__deepcopy__": "copy the whole model, and call helixify for both",
+}
+
+
+def forbid(model: nn.Module) -> None:
+    """Have a partitioned model refuse those of its methods that only a whole model can run."""
+    for name, instead in _UNFIT.items():
+        setattr(model, name, _Refusal(f"a partitioned model does not run {name}: {instead}"))
+
+
+class _Refusal:
+    def __init__(self, sentence: str) -> None:
+        self.sentence = sentence
+
+    def __call__(self, *args: object, **kwargs: object) -> NoReturn:
+        raise PartitionError(self.sentence)
 
 
 class Calls:

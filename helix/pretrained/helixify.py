@@ -14,7 +14,7 @@ from helix.partition.architectures import Family, Feedforward, Projections
 from helix.partition.phases import Phases
 from helix.pretrained import cache
 from helix.pretrained.attention import NAME
-from helix.pretrained.checks import Calls, check
+from helix.pretrained.checks import Calls, check, forbid
 from helix.pretrained.cuts import cuts as cuts
 from helix.pretrained.experts import cut_experts
 from helix.pretrained.layers import Columns, Entry, Gathered, Heads, Projection, Rows
@@ -39,7 +39,8 @@ def helixify(model: PreTrainedModel, mesh: Mesh, schedule: str | Phases = "auto"
     slice of the features of its head group, of the MLP, the experts, the embedding and the head one m * n-th. Only
     norms, biases of sums and routers stay whole. The model's own code goes on computing masks, rotary embeddings,
     norms of heads and windows, and `forward`, `generate` and `loss.backward()` give every rank what the whole model
-    would give it. A parameter's gradient is that of the rank's part; of one that stays whole, it is complete.
+    would give it. A parameter's gradient is that of the rank's part; of one that stays whole, it is complete. Make an
+    optimizer afterwards, of the parts; for dropout in training, seed all ranks alike.
 
     A model on the meta device gets parts on the meta device; `helix.pretrained.loading` reads them from a folder.
 
@@ -100,6 +101,7 @@ def partition(
     _take_config(model)
     model.register_forward_pre_hook(Calls(mesh.model), with_kwargs=True)
     cache.deal(model, places, mesh.grid)
+    forbid(model)
     model.helix = mesh  # type: ignore[assignment]  # no module, and not saved
     return model
 
