@@ -32,7 +32,7 @@ def view_for(prompts: int, chat: bool, console: Console | None = None) -> View:
     console = console or Console(highlight=False)
     if prompts == 1:
         return Stream(console, chat)
-    return Board(console) if console.is_terminal else Lines(console)
+    return Board(console, chat) if console.is_terminal else Lines(console, chat)
 
 
 def shown(text: str) -> str:
@@ -67,8 +67,8 @@ class Stream:
 class Lines:
     """Several answers where nothing can be overwritten: each when it has ended, after its number and prompt."""
 
-    def __init__(self, console: Console) -> None:
-        self.console, self._before = console, 0
+    def __init__(self, console: Console, chat: bool) -> None:
+        self.console, self._chat, self._before = console, chat, 0
         self._said: set[int] = set()
 
     def begin(self, prompts: Sequence[str]) -> None:
@@ -91,15 +91,17 @@ class Lines:
             return
         self._said.add(index)
         with suppress(BrokenPipeError):
-            self.console.print(whole(self._before + index, self._prompts[index], answer.text), soft_wrap=True)
+            self.console.print(
+                whole(self._before + index, self._prompts[index], answer.text, self._chat), soft_wrap=True
+            )
             self.console.file.flush()
 
 
 class Board:
     """Several answers on a terminal: the end of each in a line of its own while they grow, all of them at the end."""
 
-    def __init__(self, console: Console) -> None:
-        self.console, self._before = console, 0
+    def __init__(self, console: Console, chat: bool) -> None:
+        self.console, self._chat, self._before = console, chat, 0
 
     def begin(self, prompts: Sequence[str]) -> None:
         self._prompts = prompts
@@ -122,14 +124,17 @@ class Board:
     def end(self, answers: Sequence[Answer]) -> None:
         self._live.stop()
         for index, answer in enumerate(answers):
-            self.console.print(whole(self._before + index, self._prompts[index], answer.text), soft_wrap=True)
+            self.console.print(
+                whole(self._before + index, self._prompts[index], answer.text, self._chat), soft_wrap=True
+            )
         self.console.print()
         self._before += len(answers)
 
     def _line(self, index: int, answer: Answer) -> Text:
         """The end of prompt and answer that a line has room for."""
         room = max(8, self.console.width - 6)
-        line = Text.assemble((_flat(self._prompts[index]), "dim"), _flat(answer.settled))
+        turn = " → " if self._chat else ""
+        line = Text.assemble((_flat(self._prompts[index]), "dim"), turn, _flat(answer.settled))
         if answer.finished:
             line.append(" ✓", style="green")
         while line.cell_len > room:  # a wide letter takes two cells
@@ -137,9 +142,9 @@ class Board:
         return line
 
 
-def whole(number: int, prompt: str, answer: str) -> Text:
-    """A prompt and its answer, numbered from 1."""
-    return Text.assemble((f"[{number + 1}] ", "bold"), (shown(prompt), "dim"), shown(answer))
+def whole(number: int, prompt: str, answer: str, chat: bool) -> Text:
+    """A prompt and its answer, which goes on with it or replies to it, numbered from 1."""
+    return Text.assemble((f"[{number + 1}] ", "bold"), (shown(prompt), "dim"), "\n" if chat else "", shown(answer))
 
 
 def _flat(text: str) -> str:
