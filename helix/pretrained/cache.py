@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -22,64 +22,77 @@ SPARE_TOKENS = 64
 
 
 class Store:
-    """Tokens of one rank, [B, K@head, S, D] or its part of that, in room that grows by `SPARE_TOKENS` at a time.
+    """Keys and values of one rank's tokens, in room that grows by `SPARE_TOKENS` at a time.
 
     Args:
-        none: no tokens, in the form of those to come.
+        none: no keys[B, K@head, 0, D], or this rank's part of it, in the form of those to come; values are alike.
+
+    Attributes:
+        keys, values: what is held, [B, K@head, S, D] or its part.
     """
 
     def __init__(self, none: Tensor) -> None:
-        self._room = none.detach()
+        self._room = torch.stack([none.detach()] * 2)
         self._start = self._stop = 0
+        self._show()
+
+    def _show(self) -> None:
+        # One call for both; where no token came or went, what a call gets is what the one before it got.
+        self.keys, self.values = self._room[:, :, :, self._start : self._stop].unbind()
+
+    def last(self, count: int) -> tuple[Tensor, Tensor]:
+        """The keys and values of the last so many tokens."""
+        if count == self._stop - self._start:
+            return self.keys, self.values
+        keys, values = self._room[:, :, :, self._stop - count : self._stop].unbind()
+        return keys, values
 
     @property
-    def held(self) -> Tensor:
-        return self._room[:, :, self._start : self._stop]
+    def held_bytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes
 
     @property
     def reserved_bytes(self) -> int:
         return self._room.nbytes
 
-    def last(self, count: int) -> Tensor:
-        return self._room[:, :, self._stop - count : self._stop]
-
-    def append(self, new: Tensor) -> None:
-        count = new.shape[2]
-        if torch.is_grad_enabled() and (new.requires_grad or self._room.requires_grad):
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        count = keys.shape[2]
+        if torch.is_grad_enabled() and (keys.requires_grad or self._room.requires_grad):
             # A gradient goes through what is kept, so it is not written over; also none of the tokens is a part of
             # the graph, so that this rank's backward takes part in the collectives.
-            self._room, self._start = torch.cat([self.held, new], 2), 0
-            self._stop = self._room.shape[2]
+            held = self._room[:, :, :, self._start : self._stop]
+            self._room = torch.cat([held, torch.stack([keys, values])], 3)
+            self._start, self._stop = 0, self._room.shape[3]
+        elif count:
+            if self._stop + count > self._room.shape[3] or self._is_closed():
+                self._grow(count)
+            self._room[0, :, :, self._stop : self._stop + count] = keys
+            self._room[1, :, :, self._stop : self._stop + count] = values
+            self._stop += count
+        else:
             return
-        if not count:
-            return
-        if self._stop + count > self._room.shape[2] or self._is_closed():
-            self._grow(count)
-        self._room[:, :, self._stop : self._stop + count] = new
-        self._stop += count
+        self._show()
 
     def drop(self, first: int = 0, last: int = 0) -> None:
         """Forget the first or the last so many."""
-        self._start, self._stop = self._start + first, self._stop - last
+        if first or last:
+            self._start, self._stop = self._start + first, self._stop - last
+            self._show()
 
-    def replace(self, room: Tensor) -> None:
-        """Other samples; `room` is what `whole` was, sample by sample."""
-        self._room = room
-
-    @property
-    def whole(self) -> Tensor:
-        """What is held and the room around it."""
-        return self._room
+    def change(self, samples: Callable[[Tensor], Tensor]) -> None:
+        """Replace keys and values, and the room around them, by what a function makes of them, sample by sample."""
+        self._room = torch.stack([samples(each) for each in self._room.unbind()])
+        self._show()
 
     def _is_closed(self) -> bool:
         """Whether the room is of torch's inference mode, in which it can be written only there, or has a history."""
         return self._room.requires_grad or (self._room.is_inference() and not torch.is_inference_mode_enabled())
 
     def _grow(self, count: int) -> None:
-        held = self.held
-        batch, heads, kept, dim = held.shape
-        self._room = held.new_empty(batch, heads, kept + count + SPARE_TOKENS, dim)
-        self._room[:, :, :kept] = held
+        held = self._room[:, :, :, self._start : self._stop]
+        both, batch, heads, kept, dim = held.shape
+        self._room = held.new_empty(both, batch, heads, kept + count + SPARE_TOKENS, dim)
+        self._room[:, :, :, :kept] = held
         self._start, self._stop = 0, kept
 
 
@@ -106,7 +119,6 @@ class DealtLayer(DynamicLayer):
         self.keys = self.values = None
         self.is_initialized = False
         self._sharing: Sharing | None = None
-        self._parts: tuple[Store, ...] = ()
         self._oldest = self._length = 0  # positions: of the oldest token that is held, and of the next to come
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -116,35 +128,35 @@ class DealtLayer(DynamicLayer):
             All keys and values if these are the first, which the prefill then cuts as it likes; else this rank's
             part of those that the new tokens can see, of which `Place.held` tells the attention function.
         """
-        first = self._length
+        first, count = self._length, key_states.shape[2]
         if self._sharing is None:
-            self._sharing = self.place.decode(key_states)
-            self._parts = tuple(Store(self._sharing.keep(z[:, :, :0], 0)) for z in (key_states, value_states))
-            self.is_initialized = True
-        seen = self.window.start(first)
-        self._length += key_states.shape[2]
-        kept = first
-        if first == 0 and not self.record_past:  # of a long prompt, only what will be seen again
-            self._oldest = kept = self.window.start(self._length)
-        for part, new in zip(self._parts, (key_states, value_states), strict=True):
-            part.append(self._sharing.keep(new[:, :, kept - first :], kept))
-        if first == 0:
-            self._show()
-            return key_states, value_states
-        stride = self._sharing.stride
-        count = stride.count(seen, self._length)
-        keys, values = (part.last(count) for part in self._parts)
-        self.place.held = Held(keys, self._sharing, slice(stride.first(seen), None, stride.step))
+            return self._begin(key_states, value_states)
+        sharing, store, seen = self._sharing, self._store, self.window.start(first)
+        self._length += count
+        store.append(sharing.keep(key_states, first), sharing.keep(value_states, first))
+        stride = sharing.stride
+        keys, values = store.last(stride.count(seen, self._length))
+        self.place.held = Held(keys, sharing, slice(stride.first(seen), None, stride.step))
         if not self.record_past:
             self._forget()
+        self._show()
+        return keys, values
+
+    def _begin(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        self._sharing = sharing = self.place.decode(keys)
+        self._store = Store(sharing.keep(keys[:, :, :0], 0))
+        self._length = keys.shape[2]
+        self._oldest = 0 if self.record_past else self.window.start(self._length)  # of the prompt what will be seen
+        kept = (sharing.keep(z[:, :, self._oldest :], self._oldest) for z in (keys, values))
+        self._store.append(*kept)
+        self.is_initialized = True
         self._show()
         return keys, values
 
     def _forget(self) -> None:
         """Drop what no later token will see."""
         start = self.window.start(self._length)
-        for part in self._parts:
-            part.drop(first=self._stride.count(self._oldest, start))
+        self._store.drop(first=self._stride.count(self._oldest, start))
         self._oldest = start
 
     @property
@@ -152,17 +164,17 @@ class DealtLayer(DynamicLayer):
         return Stride() if self._sharing is None else self._sharing.stride
 
     def _show(self) -> None:
-        self.keys, self.values = (part.held for part in self._parts)
+        self.keys, self.values = self._store.keys, self._store.values
 
     @property
     def reserved_bytes(self) -> int:
         """Bytes of memory for keys and values, with the room for tokens to come."""
-        return sum(part.reserved_bytes for part in self._parts)
+        return 0 if self._sharing is None else self._store.reserved_bytes
 
     @property
     def held_bytes(self) -> int:
         """Bytes of the keys and values that this rank holds."""
-        return sum(part.held.nbytes for part in self._parts)
+        return 0 if self._sharing is None else self._store.held_bytes
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """How many keys the next call's queries see together, and the position of the first."""
@@ -197,8 +209,7 @@ class DealtLayer(DynamicLayer):
                 f"this sliding layer no longer has the tokens before {self._oldest} that it would see at {length}; "
                 "call the cache's activate_past_recording() before it grows past its window"
             )
-        for part in self._parts:
-            part.drop(last=self._stride.count(length, self._length))
+        self._store.drop(last=self._stride.count(length, self._length))
         self._length = length
         if length:
             self._forget()
@@ -221,16 +232,14 @@ class DealtLayer(DynamicLayer):
         """
         if self._sharing is None:
             return
-        samples = indices.nonzero().flatten() if indices.dtype == torch.bool else indices
-        for part in self._parts:
-            part.replace(self._sharing.select(part.whole, samples))
+        sharing, samples = self._sharing, indices.nonzero().flatten() if indices.dtype == torch.bool else indices
+        self._store.change(lambda held: sharing.select(held, samples))
         self._show()
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each sample `repeats` times, one after the other."""
-        for part in self._parts:  # also by samples: each rank's stay its own, in the same order
-            part.replace(part.whole.repeat_interleave(repeats, 0))
-        if self._parts:
+        if self._sharing is not None:
+            self._store.change(lambda held: held.repeat_interleave(repeats, 0))  # each rank's samples stay its own
             self._show()
 
     def offload(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +12,7 @@ from torch import Tensor
 BLOCK_SCORES = 2**22
 
 
-@dataclass(frozen=True)
-class Scoring:
+class Scoring(NamedTuple):
     """How a query scores a key.
 
     Args:
@@ -98,18 +97,17 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scoring: Scorin
     Half the time of the plain operations for one token (28 us against 56 for 512 keys), no score in memory for many,
     and sums in fp32 for 16-bit numbers.
     """
-    packed, bias = _packed(q, k), None
-    if mask is not None:
-        rows = mask.expand(-1, -1, q.shape[2], -1)
+    rows, bias = mask, None
+    if rows is not None:
         if q.shape[2] > 1:
-            rows = rows.repeat(1, 1, q.shape[1] // k.shape[1], 1)
-        bias = torch.zeros_like(rows, dtype=q.dtype).masked_fill_(~rows, -torch.inf)
+            rows = rows.expand(-1, -1, q.shape[2], -1).repeat(1, 1, q.shape[1] // k.shape[1], 1)
+        bias = torch.where(rows, 0.0, -torch.inf).to(q.dtype)
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        packed, k, v, attn_mask=bias, scale=scoring.scale
+        _packed(q, k), k, v, attn_mask=bias, scale=scoring.scale
     )
-    if mask is not None:
+    if rows is not None:
         # It says 0 for a row that sees no key, which would weigh as much as a score of 0.
-        lse = lse.masked_fill_(~rows.any(-1), torch.finfo(lse.dtype).min)
+        lse = torch.where(rows.any(-1), lse, torch.finfo(lse.dtype).min)
     return out.reshape(q.shape), lse.reshape(*q.shape[:3], 1)
 
 

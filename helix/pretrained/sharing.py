@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -19,7 +19,6 @@ from torch import Tensor
 from helix.attention.relayout import collect
 from helix.comm import collectives, transport
 from helix.comm.mesh import Axis
-from helix.comm.record import phase
 from helix.partition.phases import Phases, Stride, resolve, stride_of
 from helix.partition.schedules import row_chunks
 from helix.pretrained.kernel import Scoring, attention, partial
@@ -100,14 +99,15 @@ class Tokens(Sharing):
     def decode(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scoring: Scoring) -> Tensor:
         if self.axis.size == 1:
             return attention(q, k, v, mask, scoring)
-        with phase("attention.core"):
-            out, lse = partial(q, k, v, mask, scoring)
-        m = self.axis.size
-        slices = out.view(*out.shape[:3], m, -1).permute(3, 0, 1, 2, 4)
-        packed = torch.cat([slices.to(lse.dtype), lse.expand(m, -1, -1, -1, -1)], -1)
-        received = collectives.all_to_all_even(packed, self.axis, "attention.merge")
-        outs, sums = received[..., :-1], received[..., -1:]
-        return (outs * sums.softmax(0)).sum(0).to(q.dtype)
+        out, lse = partial(q, k, v, mask, scoring)
+        m, width = self.axis.size, out.shape[-1] // self.axis.size
+        slices = out.reshape(-1, m, width)  # [B * H * T, m, D@slice]
+        if slices.dtype != lse.dtype:
+            slices = slices.to(lse.dtype)
+        packed = torch.cat([slices, lse.reshape(-1, 1, 1).expand(-1, m, 1)], -1).transpose(0, 1)
+        outs, sums = collectives.all_to_all_even(packed, self.axis, "attention.merge").split([width, 1], -1)
+        merged = (outs * sums.softmax(0)).sum(0)
+        return merged.to(q.dtype).view(*q.shape[:3], width)
 
 
 class _Dealt(Sharing):
@@ -231,15 +231,16 @@ class Place:
         return resolve(self.phases, self.axis.size, keys.shape[1], keys.shape[0])
 
 
-@contextmanager
-def own_draws(scoring: Scoring, device: torch.device) -> Iterator[None]:
+def own_draws(scoring: Scoring, device: torch.device) -> AbstractContextManager[None]:
     """Within, dropout differs from rank to rank; before and after, all ranks' generators are in step.
 
     They have to be: dropout of the residual stream is drawn by every rank for itself, and must be the same.
     """
-    if not scoring.dropout:
-        yield
-        return
+    return _own_draws(device) if scoring.dropout else nullcontext()
+
+
+@contextmanager
+def _own_draws(device: torch.device) -> Iterator[None]:
     seed = int(torch.randint(2**62, ()))
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed + dist.get_rank())
