@@ -60,7 +60,7 @@ def config(
         sizes = {**_OWN["gpt2"], "n_embd": width, "n_layer": layers, "n_head": heads, "n_inner": hidden}
     if family == "distilbert":
         sizes = {**_OWN["distilbert"], "dim": width, "n_layers": layers, "n_heads": heads, "hidden_dim": hidden}
-    return _CLASSES[family](**(sizes | changes))
+    return _CLASSES[family][0](**(sizes | changes))
 
 
 def tiny(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **sizes: Any) -> PreTrainedModel:
@@ -70,8 +70,7 @@ def tiny(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **sizes
     """
     generator = torch.Generator().manual_seed(seed)
     cfg = config(family, **sizes)
-    kind = transformers.AutoModelForMaskedLM if family in ENCODERS else transformers.AutoModelForCausalLM
-    model: PreTrainedModel = kind.from_config(cfg, attn_implementation="eager")
+    model: PreTrainedModel = _CLASSES[family][1]._from_config(cfg, attn_implementation="eager")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:
@@ -111,22 +110,23 @@ def logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     return out[inputs["attention_mask"].bool()]
 
 
-_CLASSES: dict[str, type[PretrainedConfig]] = {
-    "llama": transformers.LlamaConfig,
-    "mistral": transformers.MistralConfig,
-    "qwen2": transformers.Qwen2Config,
-    "qwen3": transformers.Qwen3Config,
-    "gemma2": transformers.Gemma2Config,
-    "gemma3_text": transformers.Gemma3TextConfig,
-    "phi": transformers.PhiConfig,
-    "gpt_neox": transformers.GPTNeoXConfig,
-    "gpt2": transformers.GPT2Config,
-    "mixtral": transformers.MixtralConfig,
-    "qwen2_moe": transformers.Qwen2MoeConfig,
-    "qwen3_moe": transformers.Qwen3MoeConfig,
-    "bert": transformers.BertConfig,
-    "roberta": transformers.RobertaConfig,
-    "distilbert": transformers.DistilBertConfig,
+# Named here, so that the ranks of a test find them imported.
+_CLASSES: dict[str, tuple[type[PretrainedConfig], type[PreTrainedModel]]] = {
+    "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
+    "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM),
+    "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
+    "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
+    "gemma2": (transformers.Gemma2Config, transformers.Gemma2ForCausalLM),
+    "gemma3_text": (transformers.Gemma3TextConfig, transformers.Gemma3ForCausalLM),
+    "phi": (transformers.PhiConfig, transformers.PhiForCausalLM),
+    "gpt_neox": (transformers.GPTNeoXConfig, transformers.GPTNeoXForCausalLM),
+    "gpt2": (transformers.GPT2Config, transformers.GPT2LMHeadModel),
+    "mixtral": (transformers.MixtralConfig, transformers.MixtralForCausalLM),
+    "qwen2_moe": (transformers.Qwen2MoeConfig, transformers.Qwen2MoeForCausalLM),
+    "qwen3_moe": (transformers.Qwen3MoeConfig, transformers.Qwen3MoeForCausalLM),
+    "bert": (transformers.BertConfig, transformers.BertForMaskedLM),
+    "roberta": (transformers.RobertaConfig, transformers.RobertaForMaskedLM),
+    "distilbert": (transformers.DistilBertConfig, transformers.DistilBertForMaskedLM),
 }
 
 # Windows shorter than the tests' sequences, so that they cut; one layer in two has none where a family alternates.

@@ -131,8 +131,8 @@ def test_refuses_before_it_changes_anything() -> None:
             assert "\n" not in found
 
 
-def refused_when_called() -> list[str]:
-    model = helixify(tiny("gpt2", attn_pdrop=0.1), Mesh(Grid(2, 1)))
+def refused_when_called() -> tuple[list[str], Tensor]:
+    model = helixify(tiny("gpt2", attn_pdrop=0.1, resid_pdrop=0.2, embd_pdrop=0.3), Mesh(Grid(2, 1)))
     said = []
 
     def refused(kind: type[Exception], call: Callable[[], object]) -> None:
@@ -151,11 +151,12 @@ def refused_when_called() -> list[str]:
     refused(PartitionError, lambda: model(ids))
     torch.manual_seed(5)
     model(ids).logits.sum().backward()
-    return said
+    return said, model(ids).logits.detach()
 
 
 def test_refuses_calls_that_it_cannot_answer() -> None:
-    attentions, unknown, saved, resized, copied, dropout = on_ranks(2, refused_when_called)[0]
+    (said, logits), (_, others) = on_ranks(2, refused_when_called)
+    attentions, unknown, saved, resized, copied, dropout = said
     assert attentions == "no rank has whole attention weights; call the model without output_attentions"
     assert unknown.startswith("ids must be 0 to 66, and there is one of ")
     assert saved == (
@@ -164,6 +165,22 @@ def test_refuses_calls_that_it_cannot_answer() -> None:
     assert resized.endswith("does not run resize_token_embeddings: resize the whole model, then call helixify")
     assert copied.endswith("does not run __deepcopy__: copy the whole model, and call helixify for both")
     assert dropout.startswith("dropout needs the same random numbers on every rank; call torch.manual_seed with")
+    assert logits.equal(others)  # once seeded alike, ranks drop out the same
+
+
+# Several questions to one launch of four ranks.
+
+Found = list[dict[str, Any]]
+
+
+def all_of() -> dict[str, Any]:
+    mesh = Mesh(Grid(2, 2))
+    return {ask.__name__: ask(mesh) for ask in (counted, kept, on_meta, others, in_bf16)}
+
+
+@pytest.fixture(scope="module")
+def on_four() -> Found:
+    return on_ranks(4, all_of, timeout_s=40)
 
 
 # What a decode step costs: four small collectives a layer, one for the embedding, one for the head.
@@ -171,8 +188,8 @@ def test_refuses_calls_that_it_cannot_answer() -> None:
 COSTS = ["llama", "qwen3", "gpt2", "gpt_neox", "mixtral", "qwen2_moe"]
 
 
-def counted() -> dict[str, dict[str, int]]:
-    mesh, out = Mesh(Grid(2, 2)), {}
+def counted(mesh: Mesh) -> dict[str, dict[str, int]]:
+    out = {}
     for family in COSTS:
         model = helixify(tiny(family, layers=3), mesh, Phases(decode="kvseq"))
         with torch.no_grad():
@@ -183,7 +200,7 @@ def counted() -> dict[str, dict[str, int]]:
     return out
 
 
-def test_a_decode_step_takes_four_collectives_a_layer() -> None:
+def test_a_decode_step_takes_four_collectives_a_layer(on_four: Found) -> None:
     each = {
         "all_gather/attention.qkv": 3,
         "all_to_all/attention.merge": 3,
@@ -192,7 +209,7 @@ def test_a_decode_step_takes_four_collectives_a_layer() -> None:
         "all_reduce/embedding.leave": 1,
         "all_gather/head.leave": 1,
     }
-    for family, calls in on_ranks(4, counted)[0].items():
+    for family, calls in on_four[0]["counted"].items():
         assert calls == each | ({"all_reduce/positions.leave": 1} if family == "gpt2" else {}), family
 
 
@@ -223,8 +240,7 @@ def test_a_rank_holds_its_share_of_all_but_norms_and_routers() -> None:
 # What stays as it was.
 
 
-def kept() -> dict[str, Any]:
-    mesh = Mesh(Grid(2, 2))
+def kept(mesh: Mesh) -> dict[str, Any]:
     shared = config("qwen3")
     one, other = (transformers.AutoModelForCausalLM.from_config(shared).eval() for _ in range(2))
     other.load_state_dict(one.state_dict())
@@ -243,15 +259,15 @@ def kept() -> dict[str, Any]:
     return {"frozen": frozen, "other": error(other(**batch()).logits.detach(), expected.detach())}
 
 
-def test_keeps_names_frozen_weights_and_other_models_configurations() -> None:
-    for found in on_ranks(4, kept):
+def test_keeps_names_frozen_weights_and_other_models_configurations(on_four: Found) -> None:
+    for found in (rank["kept"] for rank in on_four):
         assert len(found["frozen"]) == 11
         assert all(name.startswith("model.layers.0.") for name in found["frozen"])
         assert found["other"] == 0
 
 
-def on_meta() -> list[str]:
-    mesh, wrong = Mesh(Grid(2, 2)), []
+def on_meta(mesh: Mesh) -> list[str]:
+    wrong = []
     for family in ("llama", "gpt2", "gpt_neox", "qwen2_moe", "bert"):
         with torch.device("meta"):
             empty = type(tiny(family))(config(family))
@@ -262,13 +278,13 @@ def on_meta() -> list[str]:
     return wrong
 
 
-def test_a_model_on_the_meta_device_gets_the_same_shapes() -> None:
-    assert on_ranks(4, on_meta) == [[]] * 4
+def test_a_model_on_the_meta_device_gets_the_same_shapes(on_four: Found) -> None:
+    assert [rank["on_meta"] for rank in on_four] == [[]] * 4
 
 
-def others() -> dict[str, float]:
+def others(mesh: Mesh) -> dict[str, float]:
     """Models of known families with other heads, or none; with other expert code; checkpointing; two replicas."""
-    mesh, out = Mesh(Grid(2, 2)), {}
+    out = {}
     for kind, family in (
         (transformers.LlamaModel, "llama"),
         (transformers.BertModel, "bert"),
@@ -310,24 +326,24 @@ def _checkpointed(mesh: Mesh) -> float:
     return max(error(a, b) for a, b in zip(*grads, strict=True))
 
 
-def test_other_heads_of_known_families_and_other_ways_to_run_them() -> None:
-    for found in on_ranks(4, others):
+def test_other_heads_of_known_families_and_other_ways_to_run_them(on_four: Found) -> None:
+    for found in (rank["others"] for rank in on_four):
         for name, off in found.items():
             assert off <= 1e-5, f"{name} is off by {off:.1e}"
 
 
-def in_bf16() -> tuple[float, float]:
+def in_bf16(mesh: Mesh) -> tuple[float, float]:
     exact = logits(tiny("gemma2"), batch()).detach()
     whole = tiny("gemma2", dtype=torch.bfloat16)
-    part = helixify(tiny("gemma2", dtype=torch.bfloat16), Mesh(Grid(2, 2)))
+    part = helixify(tiny("gemma2", dtype=torch.bfloat16), mesh)
     found = logits(part, batch()).detach()
     assert found.dtype == torch.bfloat16
     return error(found, exact), error(logits(whole, batch()).detach(), exact)
 
 
-def test_bf16_is_as_near_to_fp32_as_the_whole_model_in_bf16() -> None:
+def test_bf16_is_as_near_to_fp32_as_the_whole_model_in_bf16(on_four: Found) -> None:
     """Both round each sum once, though different parts of it; within a factor of two of each other."""
-    for part, whole in on_ranks(4, in_bf16):
+    for part, whole in (rank["in_bf16"] for rank in on_four):
         assert part <= 2 * whole
 
 
