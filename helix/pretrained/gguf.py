@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from helix.checkpoint import manifest as disk
 from helix.checkpoint.content import CheckpointError
 
@@ -72,8 +74,8 @@ def convert(file: Path, folder: Path, dtype: str = "float32") -> int:
         disk.sync(draft)
         draft.rename(folder)
         disk.sync(folder.absolute().parent)
-    except OSError as error:
-        raise CheckpointError(f"{folder} cannot be written: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{folder} cannot be written: {getattr(error, 'strerror', None) or error}") from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
         _say("\n")

