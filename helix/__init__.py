@@ -12,17 +12,21 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from helix.attention import HelixAttention as HelixAttention
     from helix.comm.launch import launch as launch
+    from helix.comm.mesh import Mesh as Mesh
     from helix.partition.grid import Grid as Grid
     from helix.partition.grid import PartitionError as PartitionError
     from helix.planner.plan import plan as plan
+    from helix.pretrained.helixify import helixify as helixify
 
 __version__ = "0.1.0"
-__all__ = ["Grid", "HelixAttention", "PartitionError", "launch", "plan"]
+__all__ = ["Grid", "HelixAttention", "Mesh", "PartitionError", "helixify", "launch", "plan"]
 
 _HOMES = {
     "Grid": "helix.partition.grid",
     "HelixAttention": "helix.attention",
+    "Mesh": "helix.comm.mesh",
     "PartitionError": "helix.partition.grid",
+    "helixify": "helix.pretrained.helixify",
     "launch": "helix.comm.launch",
     "plan": "helix.planner.plan",
 }

@@ -1,4 +1,4 @@
-"""`python -m helix bench attention|concat|checkpoint`, `checkpoint export|import|verify` and `plan`; the options.
+"""`python -m helix bench attention|concat|checkpoint`, `checkpoint export|import|verify`, `plan`, `gguf`; the options.
 
 They are checked without torch.
 
@@ -21,6 +21,7 @@ from helix.config.schema import ConfigError
 from helix.partition.grid import Grid, HeadLayout, PartitionError
 from helix.partition.schedules import SCHEDULES, check_schedule, legal_schedules
 from helix.partition.shape import TransformerShape
+from helix.pretrained import gguf
 from helix.study import plan_command
 
 
@@ -39,6 +40,8 @@ def main(argv: list[str] | None = None) -> None:
             _bench(options)
         elif options.command == "plan":
             plan_command.run(options)
+        elif options.command == "gguf":
+            gguf.convert(options.file, options.folder, options.dtype)
         else:
             _checkpoint(options)
     except (PartitionError, ConfigError, CheckpointError) as error:
@@ -127,7 +130,7 @@ def _say(error: str) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="python -m helix", description=__doc__.split(";")[0].replace("`", ""))
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{bench,checkpoint,plan}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{bench,checkpoint,plan,gguf}")
     bench = commands.add_parser("bench", help="measure alternatives side by side, alternating in one launch")
     benches = bench.add_subparsers(dest="what", required=True, metavar="{attention,concat,checkpoint}")
     attention = benches.add_parser(
@@ -166,6 +169,10 @@ def _parser() -> argparse.ArgumentParser:
         commands.add_parser("plan", help="choose a layout for a model and a machine, with its cost and why")
     )
     _add_checkpoint(commands.add_parser("checkpoint", help="whole weights to and from one safetensors file"))
+    converted = commands.add_parser("gguf", help="make a GGUF file a Hugging Face folder, which model.path= takes")
+    converted.add_argument("file", type=Path, help="of llama.cpp, quantized or not", metavar="FILE.gguf")
+    converted.add_argument("folder", type=Path, help="the new folder", metavar="FOLDER")
+    converted.add_argument("--dtype", choices=gguf.DTYPES, default="float32", help="of the new weights")
     return parser
 
 

@@ -23,7 +23,15 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-IMPORTED = ("deepspeed", "helix.study.bench", "helix.study.inference", "helix.study.sweep", "helix.training.run")
+IMPORTED = (
+    "deepspeed",
+    "helix.generation.run",
+    "helix.study.bench",
+    "helix.study.inference",
+    "helix.study.sweep",
+    "helix.training.run",
+    "transformers.models.llama.modeling_llama",
+)
 
 
 class Command:

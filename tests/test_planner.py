@@ -108,18 +108,26 @@ def test_thousands_of_devices_are_searched_in_seconds(devices: int, limit_s: flo
     # Of the processor's time, since others may want it too; on two busy cores 0.6 s were measured for both.
     assert time.process_time() - started < 3 * limit_s
     assert plan.best.layout.ranks == devices
-    assert plan.considered > 3000
+    assert plan.considered > 2000
 
 
 def test_heads_that_divide_need_no_slices() -> None:
-    plan = generate("llama3_70b", 64, batch=256, length=4096)
-    assert plan.best.layout.name == "helix_1x8_dp8"
-    assert plan.reasons[0].startswith("m=1: 8 key/value heads divide over 8 ranks; slicing (helix_2x4_dp8) would add")
-    assert "MB to what each rank sends in a layer for nothing" in plan.reasons[0]
+    plan = helix.plan("llama3_70b", "dgx_h100", 64, batch=64, length=4096)
+    assert plan.best.layout.name == "helix_1x2_dp32"
+    assert plan.reasons[0].startswith("m=1: 8 key/value heads divide over 2 ranks; slicing (helix_2x1_dp32) would add")
+    assert "75.5 MB to what each rank sends in a layer for nothing" in plan.reasons[0]
+
+
+def test_rivals_are_taken_at_their_best() -> None:
+    """On twice as many ranks as key/value heads: each held twice, on a sharded stream, the cache shared out or not."""
+    plan = generate("llama3_70b", 16, batch=1, length=131_072, goal="tpot", asked=Asked(stage=1))
+    sliced, copied = (next(one for one in plan.rivals if (one.layout.m > 1) == flag) for flag in (True, False))
+    assert (sliced.layout.name, copied.layout.name, copied.layout.kv_copies) == ("helix_2x8", "tp16_sp", 2)
+    assert sliced.tpot_s == pytest.approx(copied.tpot_s, rel=0.02)
 
 
 def test_a_small_model_is_told_to_use_data_parallelism() -> None:
-    for model, devices in (("smollm2_135m", 8), ("gemma4_global", 8)):
+    for model, devices in (("smollm2", 8), ("gemma4_global", 8)):
         plan = helix.plan(model, "dgx_h100", devices, batch=64, length=2048)
         assert plan.best.layout.name == "dp8"
         assert plan.reasons[0].startswith("Use data parallelism: the whole model fits on one device")
@@ -127,13 +135,13 @@ def test_a_small_model_is_told_to_use_data_parallelism() -> None:
 
 
 def test_one_sentence_says_that_other_devices_only_wait() -> None:
-    plan = generate("smollm2_135m", 12, batch=1, length=2048, goal="tpot")
+    plan = generate("smollm2", 12, batch=1, length=2048, goal="tpot")
     assert any(reason.startswith("One device alone would be at 1.") for reason in plan.reasons)
 
 
 def test_more_devices_than_heads_take_slices() -> None:
     """9 heads, 3 of them key/value: no other way cuts the layers over 12 ranks."""
-    plan = generate("smollm2_135m", 12, batch=1, length=2048, goal="tpot", asked=Asked(stage=1))
+    plan = generate("smollm2", 12, batch=1, length=2048, goal="tpot", asked=Asked(stage=1))
     assert plan.best.layout.name == "helix_4x3"
     assert plan.reasons[0].startswith(
         "m=4: 12 ranks and 9 heads: whole heads do not divide over them at all, slices do"
@@ -142,11 +150,12 @@ def test_more_devices_than_heads_take_slices() -> None:
 
 def test_a_plan_says_what_to_run_where_the_best_is_no_method() -> None:
     plan = generate("qwen3_235b_a22b", 64, batch=64, length=4096)
-    assert plan.best.layout.stage > 1
-    assert any("has no method for it; the best that it has is" in reason for reason in plan.reasons)
+    assert not plan.best.layout.runs_in("generate")
+    said = next(reason for reason in plan.reasons if "infer.py has no method for it" in reason)
     runnable = generate("qwen3_235b_a22b", 64, batch=64, length=4096, asked=Asked(runnable=True))
-    assert runnable.best.layout.stage == 1
-    assert runnable.best.tokens_per_s <= plan.best.tokens_per_s
+    assert f"the best that it has is {runnable.best.layout.name} at 0." in said
+    assert (runnable.best.layout.method, runnable.best.layout.stage, runnable.best.layout.data) == ("helix", 1, 1)
+    assert runnable.best.tokens_per_s < plan.best.tokens_per_s
 
 
 @pytest.mark.parametrize(
@@ -254,7 +263,7 @@ def test_a_plan_is_json_a_table_and_a_picture() -> None:
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["plan", "model=smollm2_135m", "hardware=h200", "workload.batch_size=8", "workload.seq_len=128"]
+    words = ["plan", "model=smollm2", "hardware=h200", "workload.batch_size=8", "workload.seq_len=128"]
     main([*words, "--json", str(tmp_path / "plan.json"), "--plot", str(tmp_path / "plan.png")])
     assert "dp8" in capsys.readouterr().out
     assert json.loads((tmp_path / "plan.json").read_text())["best"]["name"] == "dp8"
@@ -290,7 +299,7 @@ def test_wrong_input_is_one_sentence_and_exit_code_2(
     assert error.count("\n") == 1
 
 
-@pytest.mark.parametrize("name", ["llama3_70b", "qwen3_235b_a22b", "smollm2_135m", "gemma4_global"])
+@pytest.mark.parametrize("name", ["llama3_70b", "qwen3_235b_a22b", "smollm2", "gemma4_global"])
 def test_known_models_can_be_planned_and_not_run(name: str) -> None:
     one = plan_settings([f"model={name}", "hardware=dgx_h100"])
     assert one.model.name == name
@@ -301,6 +310,6 @@ def test_known_models_can_be_planned_and_not_run(name: str) -> None:
 
 
 def test_planning_needs_no_torch() -> None:
-    code = "import helix, sys; helix.plan('smollm2_135m', 'h200'); print(*{'torch', 'lightning'} & set(sys.modules))"
+    code = "import helix, sys; helix.plan('smollm2', 'h200'); print(*{'torch', 'lightning'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr

@@ -67,12 +67,21 @@ def _own_share(x: Tensor, axis: Axis, name: str) -> Tensor:
 
 
 def _apply(x: Tensor, axis: Axis, name: str, forward: Any, backward: Any) -> Tensor:
-    return x if axis.size == 1 else _Pair.apply(x, axis, name, forward, backward)
+    if axis.size == 1:
+        return x
+    if not (x.requires_grad and torch.is_grad_enabled()):
+        return forward(x, axis, name)  # autograd's own bookkeeping costs more than a small exchange's copy
+    return _Pair.apply(x, axis, name, forward, backward)
 
 
 def all_to_all(x: Tensor, axis: Axis, send: list[int], receive: list[int], name: str) -> Tensor:
     """x[sum(send), ..] -> [sum(receive), ..]; the backward sends every row back where it came from."""
     return x if axis.size == 1 else _AllToAll.apply(x, axis, send, receive, name)
+
+
+def all_to_all_even(x: Tensor, axis: Axis, name: str) -> Tensor:
+    """x[P, ..] -> [P, ..], x[r] going to rank r; the backward sends every row back where it came from."""
+    return _apply(x, axis, name, transport.all_to_all_even, transport.all_to_all_even)
 
 
 def all_gather(x: Tensor, axis: Axis, name: str) -> Tensor:

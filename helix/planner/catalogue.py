@@ -10,7 +10,11 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 
 import helix
-from helix.config.schema import ConfigError, HardwareConfig, ModelConfig
+from helix.config.folder import shape_of
+from helix.config.schema import PACKAGE, PRETRAINED, ConfigError, HardwareConfig, ModelConfig, to_shape
+from helix.partition.architectures import FAMILIES
+from helix.partition.shape import TransformerShape
+from helix.planner.answering import planned, without_pairs
 
 CONF = Path(helix.__file__).resolve().parent.parent / "conf"
 
@@ -35,7 +39,22 @@ def model(name: str) -> ModelConfig:
 
 @cache
 def _files(group: str) -> dict[str, Path]:
-    return {path.stem: path for path in sorted((CONF / group).rglob("*.yaml"))}
+    """Those that are dims and figures alone: what sets other groups as well only a command can compose."""
+    files = sorted((CONF / group).rglob("*.yaml"))
+    return {path.stem: path for path in files if "@package _global_" not in path.read_text()}
+
+
+def shape(settings: ModelConfig, mode: str) -> TransformerShape:
+    """A model's dims as a plan takes them: those of its folder, if it is pretrained and has one.
+
+    Raises:
+        ConfigError, PartitionError: if the folder has no model, or Helix cannot partition it.
+    """
+    if settings.kind == PRETRAINED and settings.path not in (None, PACKAGE):
+        found = shape_of(Path(str(settings.path)))
+        return planned(found, gated=len(FAMILIES[found.family].mlp.columns) == 2)
+    drawn = to_shape(settings)
+    return without_pairs(drawn) if mode == "generate" else drawn
 
 
 def check_named(group: str, name: str) -> Path:

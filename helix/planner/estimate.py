@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeVar
 
-from helix.partition.decode_cost import DecodeCost
 from helix.partition.shape import TransformerShape, default_expert_parallel
 from helix.partition.transformer_cost import TransformerCost
+from helix.planner.answering import Answering
 from helix.planner.layout import Layout
 from helix.planner.machine import Machine
 from helix.planner.passes import LayerTime, Passes
@@ -31,26 +31,34 @@ class Estimator:
     work: Work
     _known: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
+    @property
+    def _generates(self) -> bool:
+        return self.work.mode == "generate"
+
     @cached_property
     def passes(self) -> Passes:
         return Passes(self.shape, self.machine, self.work.itemsize)
+
+    @cached_property
+    def answering(self) -> Answering:
+        return Answering(self.passes)
 
     def estimate(self, layout: Layout) -> Estimate:
         memory = self.memory(layout)
         if self.work.mode == "train":
             return self._training(layout, memory)
-        if self.work.mode == "generate":
+        if self._generates:
             return self._generation(layout, memory)
         seconds = self._forward(layout, self.work.length)
         return Estimate(layout, seconds, memory, self.work.batch * self.work.length / seconds.total)
 
     def ep_size(self, layout: Layout) -> int:
-        """Ranks that share one set of experts."""
+        """Ranks that share one set of whole experts; 1 where experts are cut inside, as in a pretrained model."""
         if not self.shape.experts:
             return 1
-        return default_expert_parallel(
-            self.shape.experts, layout.data if layout.method == "data" else layout.grid.ranks
-        )
+        if layout.method == "data":
+            return default_expert_parallel(self.shape.experts, layout.data)
+        return 1 if self._generates else default_expert_parallel(self.shape.experts, layout.grid.ranks)
 
     def memory(self, layout: Layout) -> Memory:
         """Bytes of the fullest rank, by the closed forms that commands refuse by (`helix.config.memory`)."""
@@ -72,6 +80,13 @@ class Estimator:
         """All of a layout's cost that the cut of its cache decides: seconds of a layer, bytes of the cache."""
         layer, _ = self._step(layout)
         return layer.total, self._cache_bytes(layout)
+
+    def sent_bytes(self, layout: Layout) -> int:
+        """Bytes that one rank sends in one layer of a pass over whole sequences, forward."""
+        batch, length = self.samples(layout), self.work.length
+        if self._generates:
+            return self.answering.sent_bytes(layout, batch, length)
+        return self.passes.sent_bytes(layout, batch, length, self.ep_size(layout))
 
     def fits(self, memory: Memory) -> bool:
         return memory.total <= HEADROOM * self.machine.memory_bytes
@@ -103,7 +118,11 @@ class Estimator:
     def _weight_bytes(self, layout: Layout) -> int:
         cut = layout.at(n=1) if layout.method in ("ulysses", "context") else layout
         stage, itemsize = self._stage_shape(layout), self.work.weight_bytes
-        return TransformerCost(stage, cut.grid, cut.options, 1, 1, itemsize, self.ep_size(layout)).weight_bytes(0)
+        held = TransformerCost(stage, cut.grid, cut.options, 1, 1, itemsize, self.ep_size(layout)).weight_bytes(0)
+        if self._generates and layout.method != "data":
+            experts = stage.layers * stage.experts * stage.expert_parameters * itemsize
+            held -= experts - experts // layout.grid.ranks
+        return held
 
     def _activation_bytes(self, layout: Layout) -> int:
         batch = self.samples(layout)
@@ -135,12 +154,11 @@ class Estimator:
             return 0
         key = ("cache", layout.replica, layout.decode, batch, layout.stage)
 
-        def held() -> int:
-            stage, context = self._stage_shape(layout), work.length + work.new_tokens
-            cost = DecodeCost(stage, layout.grid, layout.cache, batch, context, work.itemsize, layout.sharers)
-            return stage.layers * cost.cache_bytes()
+        return self._once(key, lambda: self._cached(layout, batch))
 
-        return self._once(key, held)
+    def _cached(self, layout: Layout, batch: int) -> int:
+        whole = self.answering.cache_bytes(layout, batch, self.work.length + self.work.new_tokens)
+        return whole // self.shape.layers * self._stage_shape(layout).layers
 
     def _layer(self, layout: Layout, batch: int, length: int) -> tuple[LayerTime, Seconds]:
         """A layer's pass and the ends', of one microbatch."""
@@ -149,7 +167,9 @@ class Estimator:
         return self._once(key, lambda: self._layer_and_ends(layout, batch, length, ep_size))
 
     def _layer_and_ends(self, layout: Layout, batch: int, length: int, ep_size: int) -> tuple[LayerTime, Seconds]:
-        ends = self.passes.ends(layout, batch, 1 if self.work.mode == "generate" else length, ep_size)
+        if self._generates:
+            return self.answering.prefill(layout, batch, length, ep_size)
+        ends = self.passes.ends(layout, batch, length, ep_size)
         return self.passes.layer(layout, batch, length, ep_size), ends
 
     def _pace(self, layout: Layout, layer: Seconds, ends: Seconds) -> Seconds:
@@ -250,4 +270,4 @@ class Estimator:
         _, batch = self._parts(layout)
         context, ep_size = self.work.length + max(1, self.work.new_tokens // 2), self.ep_size(layout)
         key = ("decode", layout.replica, layout.decode, batch, ep_size)
-        return self._once(key, lambda: self.passes.decode(layout, batch, context, ep_size))
+        return self._once(key, lambda: self.answering.step(layout, batch, context, ep_size))

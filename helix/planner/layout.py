@@ -30,8 +30,8 @@ class Layout:
         recompute: what a backward pass computes again: none, selective (the core attention, and what was gathered),
             or full (all of the forward pass).
         interleave: runs of layers of each pipeline stage (Megatron's virtual stages).
-        sharded: whether tensor parallelism's stream is cut over tokens (Megatron's sequence parallelism); with one
-            copy of each key/value head that is Helix on 1 x n.
+        sharded: whether tensor parallelism's stream is cut over tokens (Megatron's sequence parallelism). Helix's own
+            transformer on 1 x n is just that; a pretrained model's stream is whole.
         kv_copies: how often each key/value head is held, where tensor parallelism has more ranks than those.
         shard_data: whether AdamW's moments are shared out over the replicas (parallel.shard_data).
         fused: whether attention is one kernel that never writes its scores.
@@ -99,12 +99,15 @@ class Layout:
     def runs_in(self, mode: str) -> bool:
         """Whether infer.py or train.py takes this layout as its method today, not as a model of another's.
 
-        Helix's grids have no pipeline stages; of the others they run whole models and tensor parallelism.
+        Helix's grids have no pipeline stages, and answer prompts without replicas; of the others they run whole models
+        and tensor parallelism, which answers none.
         """
+        if mode == "generate":
+            return self.stage == self.data == 1 and self.method in ("helix", "data")
         if self.method == "helix":
             return self.stage == 1
         if self.method == "tensor":
-            return self.kv_copies == 1 and self.interleave == 1 and mode != "generate"
+            return self.kv_copies == 1 and self.interleave == 1
         return self.method == "data"
 
     def at(self, **changes: object) -> Layout:

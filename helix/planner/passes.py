@@ -1,4 +1,4 @@
-"""Time of one layer and of a model's ends, in a pass over whole sequences and in a decoding step.
+"""Time of one layer and of a model's ends, in a pass over whole sequences.
 
 A roofline of each operation (`Machine.matmul` and the others) on the bytes and FLOPs of `helix.partition`'s closed
 forms, one after the other: nothing is hidden behind anything, except a context-parallel ring behind its own attention.
@@ -10,12 +10,11 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, replace
 
-from helix.partition.decode_cost import DecodeCost
 from helix.partition.shape import TransformerShape
-from helix.partition.transformer_cost import TransformerCost, expert_bytes
+from helix.partition.transformer_cost import TransformerCost
 from helix.planner.layout import Layout
 from helix.planner.machine import Machine
-from helix.planner.routing import expected_fullest, expected_touched
+from helix.planner.routing import expected_fullest
 from helix.planner.seconds import Seconds
 
 # Times that unfused attention reads or writes each score: written, read and written by the softmax, the same by the
@@ -55,73 +54,53 @@ class Passes:
         """A layer's pass over batch x length tokens of one replica's stage."""
         if layout.method in ("ulysses", "context"):
             return self._by_tokens(layout, batch, length)
-        cost = self._cost(layout, batch, length, ep_size)
-        core = self._core(layout, cost)
+        cost = self.cost_of(layout, batch, length, ep_size)
+        core = self.core(layout, cost)
         moved = cost.bytes(0, [self._capacity(cost.tokens_per_shard)])
         gather = sum(self._exchange(layout, key, moved[key], ep_size) for key in moved if key.endswith(".enter"))
         gather -= self._exchange(layout, "all_gather/head.enter", moved["all_gather/head.enter"], ep_size)
         ends = {"all_gather/head.enter"} | {key for key in moved if "/embedding." in key}
         exchange = sum(self._exchange(layout, key, count, ep_size) for key, count in moved.items() if key not in ends)
-        forward = core + self._dense(cost, batch * length) + Seconds(exchange=exchange)
+        forward = core + self.dense(cost, batch * length) + Seconds(exchange=exchange)
         return LayerTime(forward + self._experts(cost), core, Seconds(exchange=gather))
 
     def ends(self, layout: Layout, batch: int, length: int, ep_size: int) -> Seconds:
         """Embedding and head of a pass, with the loss's or the sampler's reading of the logits."""
         if layout.method in ("ulysses", "context"):
             tokens = -(-batch * length // layout.n)
-            return self._head(tokens, self.shape.vocab)
-        cost = self._cost(layout, batch, length, ep_size)
+            return self.head(tokens, self.shape.vocab)
+        cost = self.cost_of(layout, batch, length, ep_size)
         moved = cost.bytes(0, [0])
         keys = [key for key in moved if key.split("/")[1] in ("embedding.leave", "head.enter")]
         exchange = sum(self._exchange(layout, key, moved[key], ep_size) for key in keys)
-        return self._head(batch * length, -(-self.shape.vocab // layout.grid.ranks)) + Seconds(exchange=exchange)
-
-    def decode(self, layout: Layout, batch: int, context: int, ep_size: int) -> tuple[Seconds, Seconds]:
-        """A layer's decoding step, and the ends': one token of each of `batch` samples."""
-        shape, p, e = self._kept(layout), layout.grid.ranks, self.itemsize
-        cost = DecodeCost(shape, layout.grid, layout.cache, batch, context, e, layout.sharers)
-        group = (shape.heads + 2 * shape.kv_heads) * shape.head_dim // p
-        matmul = self._product(batch, shape.width, group) + self._product(
-            batch, shape.attention_width // p, shape.width
-        )
-        matmul += self._mlp(batch, -(-shape.dense_hidden // p))
-        stream = self.machine.stream
-        memory = 4 * stream(3 * batch * shape.width * e) + stream(3 * batch * group * e)
-        attention = self.machine.attention(cost.core_flops(), cost.cache_bytes())
-        exchange = sum(self._exchange(layout, key, count, ep_size) for key, count in cost.layer_bytes().items())
-        layer = Seconds(matmul, attention, memory, exchange) + self._experts_decode(layout, batch, ep_size)
-        ends = self._head(batch, -(-shape.vocab // p))
-        moved = cost.end_bytes()
-        return layer, ends + Seconds(
-            exchange=sum(self._exchange(layout, key, count, ep_size) for key, count in moved.items())
-        )
+        return self.head(batch * length, -(-self.shape.vocab // layout.grid.ranks)) + Seconds(exchange=exchange)
 
     def sent_bytes(self, layout: Layout, batch: int, length: int, ep_size: int) -> int:
         """Bytes that one rank sends in one layer of a pass; of Helix and tensor parallelism."""
-        cost = self._cost(layout, batch, length, ep_size)
+        cost = self.cost_of(layout, batch, length, ep_size)
         moved = cost.bytes(0, [self._capacity(cost.tokens_per_shard)])
         return sum(count for key, count in moved.items() if "/embedding." not in key and "/head." not in key)
 
     def flops(self, layout: Layout, batch: int, length: int, ep_size: int = 1) -> int:
         """FLOPs of the matrix products of a whole pass on one rank."""
-        cost = self._cost(layout, batch, length, ep_size)
+        cost = self.cost_of(layout, batch, length, ep_size)
         return replace(cost, shape=replace(cost.shape, layers=self.shape.layers)).flops(0)
 
     def optimizer(self, parameters: float, bytes_each: int) -> Seconds:
         """AdamW's step: everything that a parameter has is read, and all but its gradient written."""
         return Seconds(memory=self.machine.stream(2 * parameters * bytes_each))
 
-    def _kept(self, layout: Layout) -> TransformerShape:
+    def kept(self, layout: Layout) -> TransformerShape:
         """The shape with key/value heads counted as often as tensor parallelism holds them."""
         if layout.kv_copies == 1:
             return self.shape
         return replace(self.shape, kv_heads=self.shape.kv_heads * layout.kv_copies)
 
-    def _cost(self, layout: Layout, batch: int, length: int, ep_size: int) -> TransformerCost:
-        shape = replace(self._kept(layout), layers=1)
+    def cost_of(self, layout: Layout, batch: int, length: int, ep_size: int) -> TransformerCost:
+        shape = replace(self.kept(layout), layers=1)
         return TransformerCost(shape, layout.grid, layout.options, batch, length, self.itemsize, ep_size)
 
-    def _product(self, rows: float, inner: float, columns: float) -> float:
+    def product(self, rows: float, inner: float, columns: float) -> float:
         """Seconds of [rows, inner] x [inner, columns]."""
         if not rows * inner * columns:
             return 0.0
@@ -129,10 +108,10 @@ class Passes:
         return self.machine.matmul(2 * rows * inner * columns, nbytes)
 
     def _mlp(self, rows: float, hidden: float) -> float:
-        up = self._product(rows, self.shape.width, hidden * (self.shape.mlp_matrices - 1))
-        return up + self._product(rows, hidden, self.shape.width)
+        up = self.product(rows, self.shape.width, hidden * (self.shape.mlp_matrices - 1))
+        return up + self.product(rows, hidden, self.shape.width)
 
-    def _core(self, layout: Layout, cost: TransformerCost) -> Seconds:
+    def core(self, layout: Layout, cost: TransformerCost) -> Seconds:
         """The core attention on the busiest rank of the m-group."""
         shape, p, tokens = cost.shape, layout.grid.ranks, cost.batch * cost.length
         flops = cost.attention.core_flops()
@@ -144,11 +123,11 @@ class Passes:
         products = self.machine.matmul(flops, numbers * self.itemsize)  # two of them, of equal size
         return Seconds(attention=products + self.machine.kernel_s + self.machine.stream(scores))
 
-    def _dense(self, cost: TransformerCost, tokens: int) -> Seconds:
+    def dense(self, cost: TransformerCost, tokens: int) -> Seconds:
         """Projections, the dense MLP, norms, residuals, positions and activation of one layer."""
         shape, p, e, stream = cost.shape, cost.grid.ranks, self.itemsize, self.machine.stream
         group, hidden = (shape.heads + 2 * shape.kv_heads) * shape.head_dim // p, -(-shape.dense_hidden // p)
-        matmul = self._product(tokens, shape.width, group) + self._product(
+        matmul = self.product(tokens, shape.width, group) + self.product(
             tokens, shape.attention_width // p, shape.width
         )
         matmul += self._mlp(tokens, hidden)
@@ -171,32 +150,14 @@ class Passes:
         if not shape.experts:
             return Seconds()
         own, rows = shape.experts // cost.ep_size, cost.ep_size * self._capacity(cost.tokens_per_shard)
-        route = self._product(cost.tokens_per_shard, shape.width, shape.experts)
+        route = self.product(cost.tokens_per_shard, shape.width, shape.experts)
         activation = self.machine.stream(own * rows * shape.mlp_hidden * shape.mlp_matrices * self.itemsize)
         each = self._mlp(rows, shape.mlp_hidden) - 2 * self.machine.kernel_s  # one grouped product, not one an expert
         return Seconds(matmul=own * each + 2 * self.machine.kernel_s + route, memory=activation)
 
-    def _experts_decode(self, layout: Layout, batch: int, ep_size: int) -> Seconds:
-        """Experts of a decoding step: those that any token goes to are read."""
-        shape = self.shape
-        if not shape.experts:
-            return Seconds()
-        shard = -(-batch // layout.grid.ranks)
-        rows = shard * ep_size * shape.top_k
-        own = shape.experts / ep_size
-        touched = min(own, expected_touched(rows, shape.experts) / ep_size)
-        weights = touched * shape.expert_parameters * self.itemsize
-        fullest = expected_fullest(rows, ep_size) if ep_size > 1 else rows
-        matmul = self.machine.matmul(2 * fullest * shape.expert_parameters, weights) + self.machine.kernel_s
-        moved = expert_bytes(shape, ep_size, [self._capacity(shard)], self.itemsize)
-        if layout.grid.ranks > 1:
-            moved["all_gather/experts.finish"] = (layout.grid.ranks - 1) * shard * shape.width * self.itemsize
-        exchange = sum(self._exchange(layout, key, count, ep_size) for key, count in moved.items())
-        return Seconds(matmul=matmul + self._product(shard, shape.width, shape.experts), exchange=exchange)
-
-    def _head(self, tokens: int, vocab: int) -> Seconds:
+    def head(self, tokens: int, vocab: int) -> Seconds:
         logits = self.machine.stream(2 * tokens * vocab * self.itemsize)
-        return Seconds(matmul=self._product(tokens, self.shape.width, vocab), memory=logits)
+        return Seconds(matmul=self.product(tokens, self.shape.width, vocab), memory=logits)
 
     def _exchange(self, layout: Layout, key: str, nbytes: int, ep_size: int) -> float:
         """Seconds of the collective that a counter's key stands for."""
@@ -204,7 +165,7 @@ class Passes:
         if name in ("experts", "experts.capacity"):
             size = ep_size
         elif name.startswith("attention.") and name not in ("attention.enter", "attention.leave"):
-            size = layout.m if layout.m > 1 else layout.sharers
+            size = layout.m
         else:
             size = layout.grid.ranks
         return self.machine.collective(kind, nbytes, size)
@@ -212,9 +173,9 @@ class Passes:
     def _by_tokens(self, layout: Layout, batch: int, length: int) -> LayerTime:
         """A layer whose tokens are cut over n ranks, each with whole weights."""
         shape, n, e = self.shape, layout.n, self.itemsize
-        one = self._cost(layout.at(method="data", n=1), batch, length, 1)
+        one = self.cost_of(layout.at(method="data", n=1), batch, length, 1)
         tokens = -(-batch * length // n)
-        dense = self._dense(one, tokens)
+        dense = self.dense(one, tokens)
         flops = one.attention.core_flops() / n
         numbers = 2 * tokens * (shape.heads + shape.kv_heads) * shape.head_dim
         core = Seconds(attention=self.machine.attention(flops, numbers * e))

@@ -6,7 +6,7 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from helix.config.schema import HardwareConfig, ModelConfig, to_shape
+from helix.config.schema import HardwareConfig, ModelConfig
 from helix.planner import catalogue, published
 from helix.planner.candidates import Asked
 from helix.planner.estimate import Estimator
@@ -66,8 +66,8 @@ class Plan:
         medians = sorted(table.median_error for table in published.tables())
         return (
             "Times are modelled, and nobody has held this hardware's file against measurements: their error is "
-            f"unknown. Against published tables of training on A100s, to which nothing was fitted, it is {medians[0]:.0%} to "
-            f"{medians[-1]:.0%} at the median (python -m helix plan --published)."
+            "unknown. Against published tables of training on A100s, to which nothing was fitted, it is "
+            f"{medians[0]:.0%} to {medians[-1]:.0%} at the median (python -m helix plan --published)."
         )
 
     @property
@@ -118,7 +118,7 @@ def plan(
     machine_file = catalogue.hardware(hardware) if isinstance(hardware, str) else hardware
     check_goal(goal, mode)
     work = Work(mode, batch, length, new_tokens, precision)
-    estimator = Estimator(to_shape(settings), machine_of(machine_file, precision, devices), work)
+    estimator = Estimator(catalogue.shape(settings, mode), machine_of(machine_file, precision, devices), work)
     started = time.perf_counter()
     found = search(estimator, goal, asked)
     if not found.fitting:

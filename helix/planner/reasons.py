@@ -151,18 +151,13 @@ def _for_nothing(estimator: Estimator, best: Estimate, alike: list[Estimate], go
     if not alike:
         return "; no grid with m > 1 fits beside it."
     one = alike[0]
-    more = _sent(estimator, one) - _sent(estimator, best)
+    more = estimator.sent_bytes(one.layout) - estimator.sent_bytes(best.layout)
     if more <= 0:
         return f"; slicing ({one.layout.name}) would bring nothing, and is at {_ratio(best, one, goal)}."
     return (
         f"; slicing ({one.layout.name}) would add {size(more)} to what each rank sends in a layer for nothing, and is "
         f"at {_ratio(best, one, goal)}."
     )
-
-
-def _sent(estimator: Estimator, one: Estimate) -> int:
-    samples = estimator.samples(one.layout)
-    return estimator.passes.sent_bytes(one.layout, samples, estimator.work.length, estimator.ep_size(one.layout))
 
 
 def _replicas(estimator: Estimator, found: Found) -> Iterator[str]:

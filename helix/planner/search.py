@@ -57,10 +57,14 @@ def search(estimator: Estimator, goal: str, asked: Asked) -> Found:
             if estimator.fits(memory):
                 fitting.append(estimator.estimate(layout))
     cost = GOALS[goal]
-    # Of those that are as good: the one that is soonest done, then the smallest, then the simplest.
-    fitting.sort(
-        key=lambda one: (_rounded(cost(one)), _rounded(one.seconds.total), one.memory.total, simplicity(one.layout))
-    )
+    mode = estimator.work.mode
+
+    def order(one: Estimate) -> tuple[object, ...]:
+        """Of those that are as good the soonest done, then the smallest, then one that Helix runs, the simplest."""
+        as_good = _rounded(cost(one)), _rounded(one.seconds.total), one.memory.total
+        return (*as_good, not one.layout.runs_in(mode), simplicity(one.layout))
+
+    fitting.sort(key=order)
     return Found(considered, tuple(fitting), smallest)
 
 
@@ -127,7 +131,7 @@ def kind(layout: Layout) -> str:
         return "helix, m > 1" if layout.m > 1 else "helix, m = 1"
     if layout.method == "tensor" and layout.kv_copies > 1:
         return "tensor, with copies of key/value heads"
-    return layout.method
+    return "tensor, on a sharded stream" if layout.sharded else layout.method
 
 
 def _figures(one: Estimate) -> tuple[float, ...]:

@@ -1,6 +1,8 @@
-"""The modules that stand in a partitioned model where its linear layers and embedding stood.
+"""The modules that stand in a partitioned model where its linear layers stood.
 
-Parameters are plain tensors: the rank's part, in the original's orientation and under its name.
+Parameters are plain tensors: the rank's part, in the original's orientation and under its name. An activation on its
+way into a block that the ranks share is marked, so that its gradient is summed over them; outside of training that
+costs one comparison.
 """
 
 from __future__ import annotations
@@ -14,39 +16,102 @@ from helix.comm.mesh import Axis
 
 
 class Part(nn.Module):
-    """A linear layer's part.
+    """A linear layer's part: x[.., in] -> [.., out], whatever of the two is cut.
 
     Args:
         weight: [out, in], or [in, out] if transposed (transformers' Conv1D).
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, transposed: bool) -> None:
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, transposed: bool) -> None:
         super().__init__()
-        self.weight, self.transposed = nn.Parameter(weight, requires_grad=weight.is_floating_point()), transposed
-        self.bias = None if bias is None else nn.Parameter(bias)
+        self.weight, self.bias, self.transposed = weight, bias, transposed
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, self.weight.t() if self.transposed else self.weight, bias)
 
-
-class Columns(Part):
-    """Cut by its outputs: x[.., E] -> [.., F@model]. The input has entered sharded work already."""
-
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(x, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"weight={tuple(self.weight.shape)}, bias={self.bias is not None}"
+
+
+class Entry:
+    """Where a replicated activation enters sharded work. The layers that take it one after the other share the mark.
+
+    Args:
+        axis: of the ranks that share the work.
+        name: of the block.
+    """
+
+    def __init__(self, axis: Axis, name: str) -> None:
+        self.axis, self.name = axis, f"{name}.enter"
+        self.layers = 0
+        self._given: Tensor | None = None
+        self._marked: Tensor | None = None
+
+    def join(self) -> int:
+        """One more layer; returns its index."""
+        self.layers += 1
+        return self.layers - 1
+
+    def take(self, x: Tensor, index: int = 0) -> Tensor:
+        """x for the index-th layer."""
+        if not x.requires_grad:
+            return x
+        if self._marked is None or self._given is not x:
+            self._given, self._marked = x, collectives.replicate(x, self.axis, self.name)
+        marked = self._marked
+        if index == self.layers - 1:
+            self._given = self._marked = None
+        return marked
+
+
+class Columns(Part):
+    """Cut by its outputs: x[.., E] -> [.., F@model]."""
+
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, transposed: bool, entry: Entry) -> None:
+        super().__init__(weight, bias, transposed)
+        self.entry, self.index = entry, entry.join()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.entry.take(x, self.index), self.bias)
 
 
 class Rows(Part):
     """Cut by its inputs: x[.., F@model] -> [.., E] on every rank; the bias is added once, to the sum."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, transposed: bool, axis: Axis, name: str) -> None:
+    def __init__(
+        self, weight: nn.Parameter, bias: nn.Parameter | None, transposed: bool, axis: Axis, name: str
+    ) -> None:
         super().__init__(weight, bias, transposed)
-        self.axis, self.name = axis, name
+        self.axis, self.name = axis, f"{name}.leave"
 
     def forward(self, x: Tensor) -> Tensor:
-        partial = self.linear(x, None)
-        y = collectives.reduce(partial, self.axis, f"{self.name}.leave")
+        y = collectives.reduce(self.linear(x, None), self.axis, self.name)
         return y if self.bias is None else y + self.bias
+
+
+class Gathered(Part):
+    """Cut by its outputs, which every rank then gathers: x[.., E] -> [.., V].
+
+    Args:
+        out: V; the ranks' parts together may be longer, by zeros.
+    """
+
+    def __init__(
+        self, weight: nn.Parameter, bias: nn.Parameter | None, transposed: bool, axis: Axis, name: str, out: int
+    ) -> None:
+        super().__init__(weight, bias, transposed)
+        self.entry, self.axis, self.name, self.out_features = Entry(axis, name), axis, f"{name}.leave", out
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(self.entry.take(x), self.bias)
+        if self.axis.size == 1:
+            return y
+        parts = collectives.gather(y.unsqueeze(0), self.axis, self.name)
+        whole = torch.cat(parts.unbind(0), -1)
+        return whole[..., : self.out_features].contiguous()
 
 
 class Heads:
@@ -59,36 +124,39 @@ class Heads:
     Args:
         head_dim: D.
         axis: of the slices.
+        entry: of all ranks that share the attention.
     """
 
-    def __init__(self, head_dim: int, axis: Axis) -> None:
-        self.head_dim, self.axis = head_dim, axis
+    def __init__(self, head_dim: int, axis: Axis, entry: Entry) -> None:
+        self.head_dim, self.axis, self.entry = head_dim, axis, entry
         self.layers: list[Projection] = []
         self._left: list[Tensor] = []
 
     def take(self, index: int, x: Tensor) -> Tensor:
         """x[B, T, E] -> the index-th layer's [B, T, heads@head * D]."""
         if index == 0:
-            self._left = self._compute(x)
+            self._left = self._compute(self.entry.take(x))
         out, self._left[index] = self._left[index], x  # not held longer than it is needed
+        if index == len(self.layers) - 1:
+            self._left = []
         return out
 
     def _compute(self, x: Tensor) -> list[Tensor]:
         slices = [layer.linear(x, layer.bias) for layer in self.layers]
+        if self.axis.size == 1:
+            return slices
         width = self.head_dim // self.axis.size
-        counts = [piece.shape[-1] // width for piece in slices]
-        whole = torch.cat(slices, -1)
-        if self.axis.size > 1:
-            # [m, B, T, heads, D / m] -> [B, T, heads, D]
-            own = whole.unflatten(-1, (-1, width)).unsqueeze(0)
-            whole = collectives.all_gather(own, self.axis, "attention.qkv").movedim(0, -2).flatten(-3)
-        return list(whole.split([count * self.head_dim for count in counts], -1))
+        counts = [piece.shape[-1] * self.axis.size for piece in slices]
+        own = torch.cat(slices, -1) if len(slices) > 1 else slices[0]
+        # [m, B, T, heads, D / m] -> [B, T, heads * D]
+        parts = collectives.all_gather(own.unflatten(-1, (-1, width)).unsqueeze(0), self.axis, "attention.qkv")
+        return list(parts.movedim(0, -2).flatten(-3).split(counts, -1))
 
 
 class Projection(Part):
     """A query, key or value projection, cut over head groups and slices: x[B, T, E] -> [B, T, heads@head * D]."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, transposed: bool, heads: Heads) -> None:
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, transposed: bool, heads: Heads) -> None:
         super().__init__(weight, bias, transposed)
         self.heads, self.index = heads, len(heads.layers)
         heads.layers.append(self)

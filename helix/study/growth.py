@@ -21,7 +21,7 @@ from scipy import optimize
 
 from helix.command.sweep import SweepJob, report_of
 from helix.config.methods import from_name
-from helix.config.schema import ITEMSIZE, InferConfig, expert_parallel, to_options, to_shape
+from helix.config.schema import ITEMSIZE, PRETRAINED, InferConfig, expert_parallel, to_options, to_shape
 from helix.partition.grid import Grid
 from helix.partition.options import AttentionOptions
 from helix.partition.schedules import SCHEDULES, refusal
@@ -67,8 +67,9 @@ def draw_growth(jobs: Sequence[SweepJob], folder: Path) -> list[Path]:
     """Write growth.png, if the jobs measured several schedules over several lengths, or over several m.
 
     Returns:
-        the file, or nothing.
+        the file, or nothing; of generation, whose prompts have lengths of their own, nothing.
     """
+    jobs = [job for job in jobs if isinstance(job.settings, InferConfig) and job.settings.model.kind != PRETRAINED]
     for name, of in (("L, tokens of one sequence", _length), ("m, feature slices (ranks of a head group)", _slices)):
         points = list(_points(jobs, of))
         schedules, xs = {point.schedule for point in points}, {point.x for point in points}

@@ -41,7 +41,8 @@ from helix.parallel.strategy import HelixStrategy
 from helix.partition.cost import cheapest_schedule
 from helix.study.measure import BenchmarkModule, Stopwatch, turn_loader
 from helix.study.profile import profiled
-from helix.study.report import Checkpoint, Measurement, Refusal, Report, Rival, Tracked, now, write
+from helix.study.provenance import now
+from helix.study.report import Checkpoint, Measurement, Refusal, Report, Rival, Tracked, write
 from helix.study.results import RankResult, describe, measurement, rival
 from helix.study.table import show
 from helix.study.text import byte_batches, corpus

@@ -11,7 +11,7 @@ def progress_bar(stderr: bool = False) -> Progress:
     """A bar on rank 0's terminal. Drawn by `refresh` alone: a drawing thread would be measured too.
 
     Args:
-        stderr: draw on standard error, and wipe the bar at the end.
+        stderr: draw on standard error, if that is a terminal, and wipe the bar at the end.
     """
     columns = (
         TextColumn("{task.description}"),
@@ -21,4 +21,5 @@ def progress_bar(stderr: bool = False) -> Progress:
         TimeRemainingColumn(),
     )
     console = Console(stderr=stderr)
-    return Progress(*columns, console=console, disable=dist.get_rank() != 0, auto_refresh=False, transient=stderr)
+    silent = dist.get_rank() != 0 or (stderr and not console.is_terminal)
+    return Progress(*columns, console=console, disable=silent, auto_refresh=False, transient=stderr)

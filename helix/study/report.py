@@ -8,25 +8,24 @@ from __future__ import annotations
 import json
 import math
 import os
-import platform
-import shlex
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
-from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from helix.study.provenance import command, git_commit, versions
 from helix.study.statistics import Paired, Summary
 
-_DISTRIBUTIONS = ("helix-attention", "torch", "lightning", "deepspeed", "hydra-core", "wandb", "numpy")
+# Of `Accuracy`, where they say something.
+_SELDOM = ("relative_error_to_h_heads", "tokens_equal", "differing_prompts", "first_difference")
+
+
+NOT_VERIFIED = "not_verified"
 
 
 @dataclass(frozen=True)
 class Schedules:
-    """The schedule of each phase, resolved (never `auto`); None for a phase that did not run."""
+    """The schedule of each phase, resolved (never `auto`); None for a phase that did not run, or has none."""
 
     prefill: str | None
     decode: str | None = None
@@ -46,13 +45,17 @@ class MethodLabel:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one rank; `predicted` is the closed form's figure for `weights`, None where there is none."""
+    """Bytes on one rank; `predicted` is the closed form's figure for `weights`, None where there is none.
+
+    `kv_cache` is of generation, at an answer's end, and `activations_peak` without it.
+    """
 
     weights: int
     activations_peak: int
     peak: int
     predicted: int | None
     kv_cache: int = 0
+    kv_cache_predicted: int | None = None
 
 
 @dataclass(frozen=True)
@@ -76,15 +79,54 @@ class Accuracy:
 
     Args:
         reference: "mha_fp32_single", or "mha_narrow_heads" for `perslice`, which computes attention with
-            heads * m heads of width head_dim / m, or "own_model_single" for a peer with a model of its own.
+            heads * m heads of width head_dim / m, or "own_model_single" for a peer with a model of its own, or
+            NOT_VERIFIED, whose error is not a number.
         relative_error: against that reference.
         relative_error_to_h_heads: for `perslice`, against the attention with `heads` heads that the model's
             name promises; None for the exact schedules.
+        tokens_equal: of generation, whose reference is "transformers_single": whether every answer has its tokens;
+            `relative_error` is then of the logits after the prompts.
+        differing_prompts: those whose answers differ, counted from 1.
+        first_difference: of the first of them, the token at which it does, counted from 1.
     """
 
     reference: str
     relative_error: float
     relative_error_to_h_heads: float | None = None
+    tokens_equal: bool | None = None
+    differing_prompts: tuple[int, ...] | None = None
+    first_difference: int | None = None
+
+
+@dataclass(frozen=True)
+class Collectives:
+    """The collectives of a decode step, on the mean rank.
+
+    Args:
+        per_step, per_layer: how many; those of embedding and head are in the former only.
+        transfer_us, wait_us: of one of them, from when its last rank had come to it, and until then.
+        share_of_step: of a recorded step, that a rank was in them, waiting included.
+    """
+
+    per_step: int
+    per_layer: float
+    transfer_us: Summary
+    wait_us: Summary
+    share_of_step: Summary
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What was generated: of each prompt, in order, tokens before and after, and the text of the main method.
+
+    `settings` is the configuration's `generate` node.
+    """
+
+    prompt_tokens: Sequence[int]
+    new_tokens: Sequence[int]
+    prompts: Sequence[str]
+    answers: Sequence[str]
+    settings: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -116,38 +158,6 @@ class Tracked:
     id: str | None
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python and of what decides the figures; packages that are not installed are left out."""
-    found = {"python": platform.python_version()}
-    for name in _DISTRIBUTIONS:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def command() -> str:
-    """The command line of this process, ready to paste."""
-    return shlex.join(["python", *sys.argv])
-
-
-def git_commit() -> str | None:
-    """The commit this package runs from, with `-dirty` if files differ from it; None outside a repository."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
-        changed = subprocess.run([*git, "diff", "--quiet", "HEAD"], capture_output=True, timeout=10).returncode
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return commit.stdout.strip() + ("-dirty" if changed else "")
-
-
-def now() -> str:
-    """The present as ISO 8601 with its offset, for `started_at`."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
     """What was measured of one method. Every figure in `Summary` form holds one value for each independent run.
@@ -162,6 +172,10 @@ class Measurement:
             it holds the cost of watching every operator too: compare step times, not this.
         idle_ranks: ranks of the launch that the method left without work.
         bubble: of a pipeline.
+        ttft_ms, tpot_ms: of generation: from the prompt handed over to the first token, and mean time of a token
+            after it. A step is then one of these, of all prompts at once.
+        prefill_bytes_per_rank: as `comm_bytes_per_rank_per_step`, of the prompts.
+        collectives: of generation.
     """
 
     method: MethodLabel
@@ -175,13 +189,21 @@ class Measurement:
     accuracy: Accuracy
     idle_ranks: int = 0
     bubble: Bubble | None = None
+    ttft_ms: Summary | None = None
+    tpot_ms: Summary | None = None
+    prefill_bytes_per_rank: Traffic | None = None
+    collectives: Collectives | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rival(Measurement):
-    """A method that took turns with the main one; in `paired` it is the baseline."""
+    """A method that took turns with the main one; in `paired` it is the baseline.
+
+    `paired` is of step times, `paired_ttft` of times to the first token.
+    """
 
     paired: Paired
+    paired_ttft: Paired | None = None
 
 
 @dataclass(frozen=True)
@@ -200,7 +222,6 @@ class Report(Measurement):
         started_at: `now()`, taken when the run began.
         parallel, model, hardware, workload: the composed config's groups as plain dicts.
         checkpoint: whose weights all methods ran with; None for weights drawn from the seed.
-        ttft_ms, tpot_ms: generation only: time to the first token, and time per output token.
         baselines: the methods measured beside this one, in the order in which they were named.
         settings: `helix.config.schema.digest` of the configuration.
     """
@@ -214,8 +235,7 @@ class Report(Measurement):
     precision: str
     seed: int
     checkpoint: Checkpoint | None = None
-    ttft_ms: Summary | None = None
-    tpot_ms: Summary | None = None
+    generation: Generation | None = None
     baselines: Sequence[Rival | Refusal] = ()
     wandb: Tracked | None = None
     settings: str | None = None
@@ -228,9 +248,10 @@ def to_json(report: Report) -> str:
     """The report as JSON. What is not finite becomes null: JSON has neither NaN nor infinity."""
     content = plain(report)
     for measured in (content, *content["baselines"]):
-        accuracy = measured.get("accuracy", {})
-        if accuracy.get("relative_error_to_h_heads", 0) is None:
-            del accuracy["relative_error_to_h_heads"]
+        accuracy = measured.get("accuracy") or {}
+        for key in _SELDOM:
+            if accuracy.get(key, 0) is None:
+                del accuracy[key]
     return json.dumps(content, indent=2, allow_nan=False) + "\n"
 
 

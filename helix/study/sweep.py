@@ -35,7 +35,7 @@ _TEXT = (
 )
 WIDE = 96  # columns of a terminal
 # Summaries of the report: the mean in a column of this name, its 95 % interval in _low and _high.
-_SUMMARIES = ("tokens_per_s", "step_ms", "comm_ms_per_token")
+_SUMMARIES = ("tokens_per_s", "step_ms", "comm_ms_per_token", "ttft_ms", "tpot_ms")
 
 
 def collect(folder: Path, jobs: Sequence[SweepJob], console: Console | None = None) -> pd.DataFrame:
@@ -173,7 +173,8 @@ def _row_names() -> list[str]:
     names = ["job", "label", "status", "reason", "method", "m", "n", "data", "stage", "schedule", "world_size"]
     names += ["model", "batch_size", "seq_len"]
     names += [name + end for name in _SUMMARIES for end in ("", "_low", "_high")]
-    names += ["weights_bytes", "peak_bytes", "sent_bytes", "reference", "relative_error", "relative_error_to_h_heads"]
+    names += ["weights_bytes", "kv_cache_bytes", "peak_bytes", "sent_bytes"]
+    names += ["reference", "relative_error", "relative_error_to_h_heads", "tokens_equal"]
     return [*names, "overrides", "others", "started_at", "folder"]
 
 
@@ -204,48 +205,62 @@ def _row(job: SweepJob) -> dict[str, Any]:
 def _measures(report: dict[str, Any]) -> dict[str, Any]:
     row: dict[str, Any] = {}
     for name in _SUMMARIES:
-        if report[name] is None:  # ranks of several hosts have no common clock to split a step by
+        if report.get(name) is None:  # not generated, or ranks of several hosts, without a common clock
             continue
         low, high = report[name]["ci95"]
         row |= {name: report[name]["mean"], f"{name}_low": low, f"{name}_high": high}
     memory, traffic = report["memory_bytes_per_rank"], report["comm_bytes_per_rank_per_step"]
+    if about := report.get("generation"):
+        row |= {"batch_size": min(len(about["prompts"]), report["workload"]["batch_size"])}
+        row |= {"seq_len": max(about["prompt_tokens"])}
+    schedules = (report["method"].get("schedule") or {}).values()  # rivals have none
     return row | {
         "method": report["method"]["name"],
-        "schedule": (report["method"].get("schedule") or {}).get("prefill"),  # rivals have none
+        "schedule": "/".join(name for name in schedules if name) or None,
         "world_size": report["world_size"],
         "weights_bytes": memory["weights"],
+        "kv_cache_bytes": memory["kv_cache"],
         "peak_bytes": memory["peak"],
         "sent_bytes": sum(traffic["executed"].values()),
         "reference": report["accuracy"]["reference"],
         "relative_error": report["accuracy"]["relative_error"],
         "relative_error_to_h_heads": report["accuracy"].get("relative_error_to_h_heads"),
+        "tokens_equal": report["accuracy"].get("tokens_equal"),
         "started_at": report["started_at"],
     }
 
 
 def _measured(done: pd.DataFrame, width: int) -> Table:
-    names = ["ranks", "tokens/s", "± 95 %", "step ms", "comm us/token", "error"]
+    generated = bool(done["ttft_ms"].notna().any())
+    if generated:
+        names = ["ranks", "TTFT ms", "TPOT ms", "± 95 %", "tokens"]
+    else:
+        names = ["ranks", "tokens/s", "± 95 %", "step ms", "comm us/token", "error"]
     if width >= WIDE:
-        names[-1:-1] = ["weights", "sent"]
+        names[-1:-1] = ["tokens/s", "weights", "sent"] if generated else ["weights", "sent"]
     shown = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     shown.add_column("job", justify="right", no_wrap=True)
     shown.add_column("method", overflow="fold", min_width=12)  # the only one that gives way
     shown.add_column("schedule", no_wrap=True)
     for name in names:
         shown.add_column(name, justify="right", no_wrap=True)
-    for row in done.itertuples():
+    spread = "tpot_ms" if generated else "tokens_per_s"
+    for row in done.to_dict("records"):
         cells = {
-            "ranks": str(row.world_size),
-            "tokens/s": figure(row.tokens_per_s),
-            "± 95 %": figure((row.tokens_per_s_high - row.tokens_per_s_low) / 2),
-            "step ms": figure(row.step_ms),
-            "comm us/token": f"{row.comm_ms_per_token * 1e3:.3g}",  # nan where it is not known
-            "weights": size(int(row.weights_bytes)),
-            "sent": size(int(row.sent_bytes)),
-            "error": f"{row.relative_error:.1e}",
+            "ranks": str(row["world_size"]),
+            "tokens/s": figure(row["tokens_per_s"]),
+            "± 95 %": figure((row[f"{spread}_high"] - row[f"{spread}_low"]) / 2),
+            "step ms": figure(row["step_ms"]),
+            "TTFT ms": figure(row["ttft_ms"]),
+            "TPOT ms": figure(row["tpot_ms"]),
+            "comm us/token": f"{row['comm_ms_per_token'] * 1e3:.3g}",  # nan where it is not known
+            "weights": size(int(row["weights_bytes"])),
+            "sent": size(int(row["sent_bytes"])),
+            "error": f"{row['relative_error']:.1e}",
+            "tokens": {1: "equal", 0: "differ"}.get(row["tokens_equal"], "-"),
         }
-        schedule = row.schedule if isinstance(row.schedule, str) else "-"
-        shown.add_row(str(row.job), str(row.label), schedule, *(cells[name] for name in names))
+        schedule = row["schedule"] if isinstance(row["schedule"], str) else "-"
+        shown.add_row(str(row["job"]), str(row["label"]), schedule, *(cells[name] for name in names))
     return shown
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.panel import Panel
@@ -33,12 +35,15 @@ def render(report: Report) -> RenderableType:
         parts.append(_perslice_notice(report, report.accuracy.relative_error_to_h_heads))
     if report.baselines:
         parts += [blank, _side_by_side(report), *_notes(report)]
-    if report.wandb is not None and report.wandb.path is not None:
-        # The path is what one copies: never broken by a line's end.
-        parts.append(
-            Text(f"W&B ({report.wandb.mode}): {report.wandb.path}", style="dim", no_wrap=True, overflow="fold")
-        )
-    return Group(*parts)
+    return Group(*parts, *tracked_line(report))
+
+
+def tracked_line(report: Report) -> list[Text]:
+    """Where the W&B run is, if there is one. The path is what one copies: never broken by a line's end."""
+    if report.wandb is None or report.wandb.path is None:
+        return []
+    said = f"W&B ({report.wandb.mode}): {report.wandb.path}"
+    return [Text(said, style="dim", no_wrap=True, overflow="fold")]
 
 
 def _headline(report: Report) -> Text:
@@ -61,26 +66,30 @@ def _headline(report: Report) -> Text:
     return line
 
 
-def _table(*columns: str) -> Table:
+def columns(*names: str) -> Table:
     """A table whose first column is words and whose others are numbers, one below the other."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    table.add_column(columns[0], overflow="fold", min_width=24)
-    for column in columns[1:]:
-        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column(names[0], overflow="fold", min_width=24)
+    for name in names[1:]:
+        table.add_column(name, justify="right", no_wrap=True)
     return table
 
 
 def _figures(report: Report) -> Table:
-    table = _table("over runs", "mean", "95 % interval", "sd", "CV")
-    rows: list[tuple[str, Summary | None]] = [
-        ("tokens/s", report.tokens_per_s),
-        ("step, ms", report.step_ms),
-        ("communication, ms/token", report.comm_ms_per_token),
-        ("waiting for ranks, ms/token", report.wait_ms_per_token),
-        ("computing, ms/token", report.compute_ms_per_token),
-        ("time to first token, ms", report.ttft_ms),
-        ("time per output token, ms", report.tpot_ms),
-    ]
+    return summaries(
+        [
+            ("tokens/s", report.tokens_per_s),
+            ("step, ms", report.step_ms),
+            ("communication, ms/token", report.comm_ms_per_token),
+            ("waiting for ranks, ms/token", report.wait_ms_per_token),
+            ("computing, ms/token", report.compute_ms_per_token),
+        ]
+    )
+
+
+def summaries(rows: Sequence[tuple[str, Summary | None]]) -> Table:
+    """Figures over runs, those that there are."""
+    table = columns("over runs", "mean", "95 % interval", "sd", "CV")
     for name, summary in rows:
         if summary is not None:
             low, high = summary.ci95
@@ -96,26 +105,24 @@ def _traffic(report: Report) -> RenderableType:
     names = list(dict.fromkeys([*predicted, *executed]))
     if not names:
         return Text("Nothing moves between ranks.")
-    table = _table("leaves one rank in one step, bytes", "executed", "predicted", "")
+    table = columns("leaves one rank in one step, bytes", "executed", "predicted", "")
     if traffic.predicted is None:  # no closed form
         for name in names:
             table.add_row(name, f"{executed[name]:,}", "-", "")
         return table
     for name in names:
         pair = executed.get(name, 0), predicted.get(name, 0)
-        table.add_row(name, *(f"{count:,}" for count in pair), _mark(pair[0] == pair[1]))
+        table.add_row(name, *(f"{count:,}" for count in pair), mark(pair[0] == pair[1]))
     table.add_section()
     totals = sum(executed.values()), sum(predicted.values())
-    table.add_row("all", *(f"{count:,}" for count in totals), _mark(traffic.agrees))
+    table.add_row("all", *(f"{count:,}" for count in totals), mark(traffic.agrees))
     return table
 
 
 def _memory(report: Report) -> Table:
     memory = report.memory_bytes_per_rank
-    table = _table("memory of one rank", "measured", "predicted")
+    table = columns("memory of one rank", "measured", "predicted")
     table.add_row("weights", size(memory.weights), "" if memory.predicted is None else size(memory.predicted))
-    if memory.kv_cache:
-        table.add_row("KV cache", size(memory.kv_cache), "")
     table.add_row("activations, peak", size(memory.activations_peak), "")
     table.add_row("both together", size(memory.peak), "")
     return table
@@ -130,7 +137,7 @@ def _accuracy(report: Report) -> Text:
 def _side_by_side(report: Report) -> Table:
     """The main method and its baselines, which took turns with it, in the order in which they were named."""
     main = report.method.name
-    table = _table("taking turns", "tokens/s", f"{main} is x", "p", "weights", "sent", "error")
+    table = columns("taking turns", "tokens/s", f"{main} is x", "p", "weights", "sent", "error")
     table.columns[0].min_width = 12
     table.padding = (0, 1, 0, 0)  # closer than the others: seven columns in 80
     rows: list[tuple[Measurement | Refusal, Paired | None]] = [(report, None)]
@@ -191,5 +198,6 @@ def _perslice_notice(report: Report, distance: float) -> Panel:
     return Panel(text, title="A different function", title_align="left", border_style="yellow")
 
 
-def _mark(agrees: bool) -> Text:
+def mark(agrees: bool) -> Text:
+    """Whether two figures agree."""
     return Text("✓", style="green") if agrees else Text("✗ differ", style="bold red")

@@ -69,11 +69,11 @@ def try_out(
     Raises:
         Refused: on every rank, if the method raised on any of them.
     """
-    method = _together(lambda: build(kind, job, layout, mesh))
+    method = together(lambda: build(kind, job, layout, mesh))
     memory = PeakMemory(job.device)
-    output = _together(lambda: _step(method, tokens))
+    output = together(lambda: _step(method, tokens))
     growth = memory.growth()
-    return method, _together(lambda: _check(method, output, growth, tokens, oracle))
+    return method, together(lambda: _check(method, output, growth, tokens, oracle))
 
 
 @torch.inference_mode()
@@ -81,7 +81,7 @@ def _step(method: Method, tokens: Tensor) -> Tensor | None:
     return method.step(tokens)
 
 
-def _together(run: Callable[[], T]) -> T:
+def together(run: Callable[[], T]) -> T:
     """Run something on every rank; if it raises on any, raise on all.
 
     A refusal comes on all ranks at the same place, as they run the same code on the same shapes. What need not,

@@ -13,7 +13,8 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from helix.study.report import MethodLabel, Tracked, command, git_commit, plain, versions, write_whole
+from helix.study.provenance import command, git_commit, versions
+from helix.study.report import MethodLabel, Tracked, plain, write_whole
 from helix.training.resuming import Resumed
 
 

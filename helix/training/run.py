@@ -19,7 +19,8 @@ from helix.parallel.checkpoint_callback import HelixCheckpoints
 from helix.parallel.strategy import HelixStrategy
 from helix.partition.cost import cheapest_schedule
 from helix.partition.options import AttentionOptions
-from helix.study.report import MethodLabel, Schedules, Tracked, now
+from helix.study.provenance import now
+from helix.study.report import MethodLabel, Schedules, Tracked
 from helix.study.text import TrainingText, corpus, describe, unigram_entropy
 from helix.study.tracking import Tracker, track, tracked_at
 from helix.training.curves import Bar, Curves

@@ -1,0 +1,53 @@
+"""What `generate` is told: how tokens are chosen, and where answers end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import GenerationConfig, PreTrainedModel
+
+from helix.config.schema import GenerateConfig
+
+
+def ends_of(model_config: Any, generation_config: Any, tokenizer: Any) -> frozenset[int]:
+    """Tokens that end an answer, by the folder's own word."""
+    for source in (generation_config, model_config, tokenizer):
+        found = getattr(source, "eos_token_id", None)
+        if found is not None:
+            return frozenset(found if isinstance(found, list | tuple) else [found])
+    return frozenset()
+
+
+def padding(tokenizer: Any, ends: frozenset[int]) -> int:
+    """The token that fills up short prompts, and answers that have ended; the mask hides it."""
+    own = getattr(tokenizer, "pad_token_id", None)
+    return int(own) if own is not None else min(ends, default=0)
+
+
+def chosen(
+    generate: GenerateConfig, model: PreTrainedModel, ends: frozenset[int], pad: int, limit: int | None = None
+) -> GenerationConfig:
+    """The configuration of one call. What it leaves open, such as a penalty, stays as the model's folder says.
+
+    Args:
+        limit: of new tokens, if not the configured one.
+    """
+    # Off has a value of its own in transformers; without it the folder's would count.
+    drawing: dict[str, Any] = {"do_sample": False}
+    if generate.temperature > 0:
+        drawing = {
+            "do_sample": True,
+            "temperature": generate.temperature,
+            "top_k": generate.top_k or 0,
+            "top_p": 1.0 if generate.top_p is None else generate.top_p,
+        }
+    return GenerationConfig(
+        max_new_tokens=limit or generate.max_new_tokens,
+        num_beams=1,
+        use_cache=True,
+        return_dict_in_generate=True,
+        pad_token_id=pad,
+        eos_token_id=sorted(ends) or None,
+        bos_token_id=getattr(model.generation_config, "bos_token_id", None),
+        **drawing,
+    )

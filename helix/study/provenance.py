@@ -1,0 +1,47 @@
+"""Where figures come from: versions, command line, commit, time."""
+
+from __future__ import annotations
+
+import platform
+import shlex
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+
+_DISTRIBUTIONS = (
+    "helix-attention", "torch", "lightning", "deepspeed", "transformers", "hydra-core", "wandb", "numpy",
+)  # fmt: skip
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of what decides the figures; packages that are not installed are left out."""
+    found = {"python": platform.python_version()}
+    for name in _DISTRIBUTIONS:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def command() -> str:
+    """The command line of this process, ready to paste."""
+    return shlex.join(["python", *sys.argv])
+
+
+def git_commit() -> str | None:
+    """The commit this package runs from, with `-dirty` if files differ from it; None outside a repository."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD"], capture_output=True, timeout=10).returncode
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit.stdout.strip() + ("-dirty" if changed else "")
+
+
+def now() -> str:
+    """The present as ISO 8601 with its offset, for `started_at`."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
