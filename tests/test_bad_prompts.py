@@ -18,8 +18,16 @@ from helix.config import folder
 
 __all__ = ["infer", "machine"]
 
-LLAMA = {"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2,
-         "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 96, "vocab_size": 260, "max_position_embeddings": 64}  # fmt: skip
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 96,
+    "vocab_size": 260,
+    "max_position_embeddings": 64,
+}
 GRID = "parallel=helix parallel.m={} parallel.n={}"
 
 
