@@ -38,7 +38,7 @@ def run(run_dir: Path, folder: Path, m: int, n: int, *overrides: str) -> tuple[d
 
 
 def test_a_batch_of_unequal_prompts(tmp_path: Path, folder: Path) -> None:
-    """Every figure of the contract; bytes and memory on their closed forms; the answers in the order of the prompts."""
+    """Every figure of the contract; bytes and memory on their closed forms; answers in the order of the prompts."""
     prompts = ["Hello, world!", "A", "longer than the others"]
     report, out = run(tmp_path, folder, 2, 2, f"prompt={[*prompts]}", "workload.batch_size=2")
     assert report["method"] == {

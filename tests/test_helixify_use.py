@@ -157,6 +157,7 @@ def others(mesh: Mesh) -> dict[str, float]:
         with torch.no_grad():
             out[f"experts {way}"] = error(logits(part, batch()), logits(whole, batch()))
     out["checkpointing"] = _checkpointed(mesh)
+    out["filled later"] = _filled(mesh)
     replicas = Mesh(Grid(2, 1), data=2)
     own = batch(seed=replicas.data.rank)
     out["replicas"] = error(
@@ -171,6 +172,21 @@ def _checkpointed(mesh: Mesh) -> float:
         model = helixify(tiny("qwen3"), mesh).train()
         if checkpoints:
             model.activation_checkpointing_enable()
+        model(**batch(left=False)).logits.square().mean().backward()
+        grads.append([p.grad for p in model.parameters()])
+    return max(error(a, b) for a, b in zip(*grads, strict=True))
+
+
+def _filled(mesh: Mesh) -> float:
+    """A model of the meta device, filled after it was partitioned: its parameters are others than helixify saw."""
+    full = helixify(tiny("qwen3", tie_word_embeddings=True), mesh)
+    with torch.device("meta"):
+        later = helixify(type(full)(full.config), mesh)
+    later.load_state_dict(full.state_dict(), assign=True)
+    later.tie_weights()
+    later.model.rotary_emb = full.model.rotary_emb  # computed, and in no state_dict
+    grads = []
+    for model in (full, later.eval()):
         model(**batch(left=False)).logits.square().mean().backward()
         grads.append([p.grad for p in model.parameters()])
     return max(error(a, b) for a, b in zip(*grads, strict=True))

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from helix.study import report as reports
+from helix.study import provenance
 from helix.study.report import (
     Accuracy,
     Bubble,
@@ -142,11 +142,11 @@ def test_a_report_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> N
 
 
 def test_provenance() -> None:
-    found = reports.versions()
+    found = provenance.versions()
     assert {"python", "torch", "wandb"} <= found.keys()
-    assert reports.command().startswith("python ")
-    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", reports.now())
-    commit = reports.git_commit()
+    assert provenance.command().startswith("python ")
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", provenance.now())
+    commit = provenance.git_commit()
     assert commit is None or re.fullmatch(r"[0-9a-f]{40}(-dirty)?", commit)
 
 

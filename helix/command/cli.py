@@ -63,7 +63,7 @@ def command(
 
 
 def _main(this: Command) -> None:
-    if "prompt" in this.schema.__dataclass_fields__:
+    if hasattr(this.schema, "prompt"):
         sys.argv[1:] = quote_prompts(sys.argv[1:])  # where Hydra's own command line reads them, too
     args = _arguments()
     prepare(args.overrides, this.name, this.schema)

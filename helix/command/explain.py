@@ -126,6 +126,14 @@ def _others_experiment(key: str, overrides: list[str]) -> str | None:
     )
 
 
+def _others_model(key: str, overrides: list[str]) -> str | None:
+    """What to say of a group that only a model of another command chooses an option of."""
+    asked = next((one for one in overrides if one.startswith("model=")), None)
+    if asked is None or any(one.lstrip("+~").startswith(key) for one in overrides):
+        return None
+    return f"{asked} is a pretrained model, with which infer.py generates text; this command takes model=tiny"
+
+
 def _missing_option(error: MissingConfigException, conf: Path) -> str:
     group, _, option = (error.missing_cfg_file or "").rpartition("/")
     if not group:
@@ -171,7 +179,7 @@ def _by_text(error: Exception, schema: type, conf: Path, overrides: list[str]) -
         key = several.group(1).partition("=")[0]
         return f"{several.group(1)} has several values: to run each of them add -m, to mean one write {key}='a,b'"
     if absent := re.search(r"(?:Could not delete from config\.|Could not override) '(.*)'", text):
-        return unknown_key(absent.group(1), schema)
+        return _others_model(absent.group(1), overrides) or unknown_key(absent.group(1), schema)
     if "does not support sweep type" in text:
         return "a sweep takes listed values, such as parallel.m=1,2,4, or range(1,5), and no interval"
     if twice := re.search(r"An item is already at '(.*)'\.|Multiple values for (\w+)\.", text):

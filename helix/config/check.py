@@ -164,6 +164,8 @@ def check_model(model: ModelConfig, parallel: ParallelConfig) -> None:
     """Check that kind and experts agree, and that the experts can be spread over the ranks of one replica."""
     if model.kind == PRETRAINED:
         raise ConfigError(f"model={model.name} is pretrained, and this command draws its weights; take model=tiny")
+    if model.vocab < 256:
+        raise ConfigError(f"model.vocab must be at least 256, not {model.vocab}: tokens are bytes")
     if model.kind == "dense":
         for name, neutral in (("experts", 0), ("ep_size", None)):
             if getattr(model, name) != neutral:

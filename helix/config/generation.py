@@ -6,6 +6,7 @@ from pathlib import Path
 
 from helix.config.check import check_device, check_logger, check_started, check_values
 from helix.config.folder import check_dims, check_folder, check_length, check_package, refuse_length, shape_of
+from helix.config.memory import check_generation_memory
 from helix.config.methods import baselines_of, to_name
 from helix.config.schema import (
     PACKAGE,
@@ -51,7 +52,9 @@ def check_generation(settings: InferConfig) -> None:
     check_pretrained(settings.model, prompts, settings.generate)
     check_grid(settings.parallel, settings.model, batch_sizes(len(prompts), settings.workload.batch_size))
     check_logger(settings.logger)
-    check_device(settings.device, check_started(settings.parallel.ranks))
+    local_ranks = check_started(settings.parallel.ranks)
+    device = check_device(settings.device, local_ranks)
+    check_generation_memory(settings, known_shape(settings.model), local_ranks, device)
 
 
 def check_prompts(prompt: object, model: ModelConfig) -> list[str]:
@@ -160,6 +163,15 @@ def check_pretrained(model: ModelConfig, prompts: list[str], generate: GenerateC
     check_shape(model, shape)
     if not generate.chat:  # a template adds tokens that only transformers knows
         check_length(folder, prompts, generate.max_new_tokens, shape.context)
+
+
+def known_shape(model: ModelConfig) -> PretrainedShape:
+    """The sizes that are known before the files of a package are there."""
+    if model.path is not None and model.path != PACKAGE:
+        return shape_of(Path(model.path))
+    kv_heads = model.kv_heads or model.heads
+    sizes = model.layers, model.width, model.heads, kv_heads, model.head_dim, model.mlp_hidden, model.vocab
+    return PretrainedShape("llama", *sizes, context=model.context or 1, tied=True)
 
 
 def check_shape(model: ModelConfig, shape: PretrainedShape) -> None:

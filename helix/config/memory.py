@@ -17,8 +17,11 @@ from helix.config.schema import (
     to_grid,
     to_shape,
 )
+from helix.partition.decoding import GenerationCost
+from helix.partition.families import PretrainedShape
 from helix.partition.grid import Grid
 from helix.partition.options import AttentionOptions
+from helix.partition.phases import Phases
 from helix.partition.transformer_cost import TransformerCost
 
 _REPLICATE = ("data", "context", "ulysses")  # whole weights on every rank
@@ -121,3 +124,32 @@ def _compare(
 
 def _gb(size: float) -> str:
     return f"{size / 1e9:.1f}"
+
+
+def check_generation_memory(settings: InferConfig, shape: PretrainedShape, local_ranks: int, device: str) -> None:
+    """Check that this host, and each of its GPUs, can hold the weights and the cache of a generation.
+
+    Raises:
+        Misfit: with the memory needed and the memory there is.
+    """
+    itemsize, share = ITEMSIZE[settings.precision], local_ranks / settings.parallel.ranks
+    batch = min(len(settings.prompt), settings.workload.batch_size)
+    longest = max(len(prompt.encode()) for prompt in settings.prompt)  # at least a byte a token
+    tokens = min(shape.context, longest + settings.generate.max_new_tokens)
+    whole = GenerationCost(shape, Grid(1, 1), Phases("batch", "batch"), batch, itemsize)
+    methods = 1 + len(baselines_of(settings))
+    weights, cache = methods * whole.weight_bytes() * share, whole.cache_bytes(tokens) * share
+    # Rank 0 compares when the others have let go of theirs.
+    if settings.generate.verify:
+        weights = max(weights, whole.weight_bytes())
+    need = weights + cache + local_ranks * RANK_BYTES
+    where, room = "this machine", environment.free_memory_bytes()
+    if device == "cuda":
+        where, room = "each GPU", environment.free_gpu_memory_bytes() or int(need)
+        need = max((weights + cache) / local_ranks, whole.weight_bytes() if settings.generate.verify else 0)
+    if need > room:
+        raise Misfit(
+            f"model={settings.model.name} needs about {_gb(need)} GB on {where} ({methods} methods on {local_ranks} "
+            f"ranks, weights {_gb(weights)}, cache {_gb(cache)}), and {_gb(room)} GB are available; take "
+            "precision=bf16-true, fewer prompts at once (workload.batch_size), or generate.verify=false"
+        )

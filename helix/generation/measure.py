@@ -160,7 +160,7 @@ def _take_turns(
 
 def _metrics(prefix: str, heard: list[Heard]) -> dict[str, float]:
     """Of one pass on rank 0, for the W&B run."""
-    times = phases([(one.begin_s, one.token_s) for one in heard])
+    times = phases([(one.begin_s, tuple(one.token_s)) for one in heard])
     out = {f"{prefix}ttft_ms": times[0] * 1e3}
     return out if times[1] is None else out | {f"{prefix}tpot_ms": times[1] * 1e3}
 

@@ -32,13 +32,13 @@ def expected(task: Task, source: Source) -> Expected:
     """Generate everything with transformers' plain model in this process, while the other ranks wait."""
     with all_cores():
         model = whole_model(source)
-        tokens, logits = [], None
+        options = chosen(task.generate, model, frozenset(), task.pad, 1)
+        options.output_logits = True
+        batch = task.prompts.tensors(task.prompts.batches[0], task.pad, task.device)
+        logits = model.generate(**batch, generation_config=options).logits[0].float().cpu()  # type: ignore[operator]
+        tokens = []
         for which in task.prompts.batches:
             batch = task.prompts.tensors(which, task.pad, task.device)
-            if logits is None:
-                options = chosen(task.generate, model, frozenset(), task.pad, 1)
-                options.output_logits = True
-                logits = model.generate(**batch, generation_config=options).logits[0].float().cpu()  # type: ignore[operator]
             answers = [Answer(task.tokenizer, task.prompts.ids[i], task.ends, task.generate.stop) for i in which]
             torch.manual_seed(task.seed)
             options = chosen(task.generate, model, task.ends, task.pad)

@@ -51,7 +51,7 @@ def attend(
         mask = None if mask is None else mask[..., held.columns]
         with own_draws(scoring, query.device):
             return held.sharing.decode(query, key, value, mask, scoring).transpose(1, 2), None
-    causal = mask is None and query.shape[2] > 1 and _is_causal(module, is_causal)
+    causal = mask is None and _is_causal(module, is_causal)
     with own_draws(scoring, query.device):
         out = place.prefill(key).prefill(query, key, value, mask, causal, scoring)
     return out.transpose(1, 2), None

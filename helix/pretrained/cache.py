@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from helix.partition.families import describe
 from helix.partition.grid import Grid
-from helix.partition.phases import Stride, Window, check
+from helix.partition.phases import Phases, Stride, Window, check
 from helix.pretrained.sharing import Held, Place, Sharing
 
 # Room for so many of a rank's tokens is made at a time: each is copied once in so many steps, not in every step,
@@ -265,13 +265,13 @@ def deal(model: PreTrainedModel, places: Mapping[int, Place], grid: Grid) -> Non
         given = dict(zip(names, args, strict=False)) | kwargs
         inputs = given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
         cache = given.get("past_key_values")
-        if isinstance(inputs, Tensor) and (cache is None or not _is_dealt(cache)):
-            check(first.phases, first.axis.size, kv_heads, inputs.shape[0])
-        if cache is None:
-            if shape.causal and _caches(module, given):
-                kwargs = {**given, "past_key_values": _dealt(DynamicCache(config=module.config), places)}
-                args = ()
-        elif not (_is_dealt(cache) and cache.layers[0].place is first):
+        caches = shape.causal and (cache is not None or _caches(module, given))
+        if isinstance(inputs, Tensor) and not _is_dealt(cache):
+            asked = first.phases if caches else Phases(first.phases.prefill)
+            check(asked, first.axis.size, kv_heads, inputs.shape[0])
+        if cache is None and caches:
+            kwargs, args = {**given, "past_key_values": _dealt(DynamicCache(config=module.config), places)}, ()
+        elif cache is not None and not (_is_dealt(cache) and cache.layers[0].place is first):
             _dealt(cache, places)
         return args, kwargs
 
@@ -287,7 +287,7 @@ def _caches(model: Any, given: Mapping[str, Any]) -> bool:
 
 def _is_dealt(cache: Any) -> bool:
     layers = getattr(cache, "layers", None)  # transformers has caches of caches too
-    return bool(layers) and isinstance(layers[0], DealtLayer)
+    return isinstance(layers, list) and bool(layers) and isinstance(layers[0], DealtLayer)
 
 
 def _dealt(cache: Any, places: Mapping[int, Place]) -> DynamicCache:

@@ -26,7 +26,6 @@ from helix.pretrained.structure import (
     has,
     is_partitioned,
     layers_of,
-    mesh_of,
     sizes,
 )
 
@@ -43,7 +42,7 @@ def check(model: PreTrainedModel, mesh: Mesh, schedule: str | Phases) -> None:
             "unwrap it, and merge adapters, first"
         )
     if is_partitioned(model):
-        raise PartitionError(f"this {type(model).__name__} is partitioned already, as {mesh_of(model).grid.name}")
+        raise PartitionError(f"this {type(model).__name__} is partitioned already; load it whole to do it otherwise")
     shape = describe(model.config.to_dict())
     shape.check(mesh.grid)
     phases.check(Phases.of(schedule), mesh.grid.m, shape.kv_heads // mesh.grid.n)

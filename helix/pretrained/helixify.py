@@ -8,7 +8,6 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from helix.comm import transport
 from helix.comm.mesh import Axis, Mesh
 from helix.partition.architectures import Family, Feedforward, Projections
 from helix.partition.phases import Phases
@@ -17,11 +16,12 @@ from helix.pretrained.attention import NAME
 from helix.pretrained.checks import Calls, check, forbid
 from helix.pretrained.cuts import cuts as cuts
 from helix.pretrained.experts import cut_experts
-from helix.pretrained.layers import Columns, Entry, Gathered, Heads, Projection, Rows
+from helix.pretrained.layers import Columns, Entry, Gathered, HeadNorm, Heads, Projection, Rows
 from helix.pretrained.sharing import Place
 from helix.pretrained.structure import (
     experts_of,
     family_of,
+    has,
     head_dim,
     is_transposed,
     layers_of,
@@ -125,24 +125,12 @@ def _cut_attention(
         put(layer, path, Projection(*_linear(layer, path, parts), heads))
     put(layer, names.row, Rows(*_linear(layer, names.row, parts), mesh.model, "attention"))
     for path in names.norms:
-        _sum_gradients(layer, path, mesh.model)
+        if has(layer, path):  # not all models of a family have them
+            layer.get_submodule(path).register_forward_pre_hook(HeadNorm(mesh.model))
     if names.heads == "stacked":
         module.split_size //= mesh.grid.n
     module.helix = place = Place(mesh.slice, phases)
     return place
-
-
-def _sum_gradients(layer: nn.Module, path: str, axis: Axis) -> None:
-    """A norm of heads' features sees the rank's own heads, so each rank has a part of its gradient."""
-    try:
-        norm = layer.get_submodule(path)
-    except AttributeError:  # not all models of the family have it
-        return
-    for parameter in norm.parameters():
-        trained = parameter.requires_grad
-        parameter.requires_grad_(True)  # a frozen one takes no hook, and may be trained later
-        parameter.register_hook(lambda grad: transport.all_reduce(grad, axis, "norm.grad"))
-        parameter.requires_grad_(trained)
 
 
 def _cut_mlp(layer: nn.Module, names: Feedforward, axis: Axis, parts: dict[str, nn.Parameter]) -> None:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from helix.comm import collectives
+from helix.comm import collectives, transport
 from helix.comm.mesh import Axis
 
 
@@ -163,3 +163,24 @@ class Projection(Part):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.heads.take(self.index, x)
+
+
+class HeadNorm:
+    """A hook before a norm of heads' features, which sees the rank's own heads: its gradient is summed over the ranks.
+
+    It marks the weights that the norm has when it is called, since loading may put others into their place.
+
+    Args:
+        axis: of all ranks that share the attention.
+    """
+
+    def __init__(self, axis: Axis) -> None:
+        self.axis = axis
+
+    def __call__(self, norm: nn.Module, args: object) -> None:
+        if not torch.is_grad_enabled():
+            return
+        for parameter in norm.parameters():
+            if parameter.requires_grad and not hasattr(parameter, "helix_summed"):
+                parameter.register_hook(lambda grad: transport.all_reduce(grad, self.axis, "norm.grad"))
+                parameter.helix_summed = True  # type: ignore[attr-defined]

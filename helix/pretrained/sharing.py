@@ -221,14 +221,14 @@ class Place:
 
     def prefill(self, keys: Tensor) -> Sharing:
         """How to cut a call with these whole keys[B, K@head, S, D]."""
-        return self._ways[self._resolved(keys).prefill]
+        return self._ways[self._resolved(keys, Phases(prefill=self.phases.prefill)).prefill]
 
     def decode(self, keys: Tensor) -> Sharing:
         """How to cut a cache that begins with these whole keys[B, K@head, S, D]."""
-        return self._ways[self._resolved(keys).decode]
+        return self._ways[self._resolved(keys, Phases(decode=self.phases.decode)).decode]
 
-    def _resolved(self, keys: Tensor) -> Phases:
-        return resolve(self.phases, self.axis.size, keys.shape[1], keys.shape[0])
+    def _resolved(self, keys: Tensor, phases: Phases) -> Phases:
+        return resolve(phases, self.axis.size, keys.shape[1], keys.shape[0])
 
 
 def own_draws(scoring: Scoring, device: torch.device) -> AbstractContextManager[None]:

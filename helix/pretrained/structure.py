@@ -40,7 +40,8 @@ def family_of(model: PreTrainedModel) -> Family:
 
 
 def is_partitioned(model: nn.Module) -> bool:
-    return isinstance(getattr(model, "helix", None), Mesh)
+    """Whether a model, or one inside it, is."""
+    return any(hasattr(module, "helix") for module in model.modules())
 
 
 def mesh_of(model: nn.Module) -> Mesh:

@@ -16,8 +16,15 @@ from typing import Any
 from helix.study.provenance import command, git_commit, versions
 from helix.study.statistics import Paired, Summary
 
-# Of `Accuracy`, where they say something.
-_SELDOM = ("relative_error_to_h_heads", "tokens_equal", "differing_prompts", "first_difference")
+# Keys that are there where they say something.
+_SELDOM = {
+    "relative_error_to_h_heads",
+    "tokens_equal",
+    "differing_prompts",
+    "first_difference",
+    "kv_cache_predicted",
+    "paired_ttft",
+}
 
 
 NOT_VERIFIED = "not_verified"
@@ -248,10 +255,10 @@ def to_json(report: Report) -> str:
     """The report as JSON. What is not finite becomes null: JSON has neither NaN nor infinity."""
     content = plain(report)
     for measured in (content, *content["baselines"]):
-        accuracy = measured.get("accuracy") or {}
-        for key in _SELDOM:
-            if accuracy.get(key, 0) is None:
-                del accuracy[key]
+        for part in (measured, measured.get("accuracy", {}), measured.get("memory_bytes_per_rank", {})):
+            for key in _SELDOM & part.keys():
+                if part[key] is None:
+                    del part[key]
     return json.dumps(content, indent=2, allow_nan=False) + "\n"
 
 
