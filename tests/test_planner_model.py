@@ -46,8 +46,9 @@ LAYOUTS = [
     Layout("helix", 4, 4, data=4, prefill="rows", decode="kvseq"),
     Layout("helix", 2, 8, data=4, prefill="batch", decode="batch"),
     Layout("helix", 4, 2, data=4, stage=2, prefill="heads", decode="heads", microbatches=2),
-    Layout("ulysses", n=8, data=8),
-    Layout("context", n=16, data=4),
+    Layout("ulysses", tokens=8, data=8),
+    Layout("context", tokens=16, data=4),
+    Layout("context", n=4, tokens=4, data=2, stage=2, microbatches=2),
 ]
 WORKS = [Work("forward", 64, 512), Work("train", 64, 512), Work("generate", 64, 512, 32)]
 

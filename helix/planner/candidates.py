@@ -71,11 +71,19 @@ def _replicas(shape: TransformerShape, work: Work, ranks: int, data: int, stage:
     if ranks == 1:
         return
     yield from _helix(shape, work, ranks, data, stage)
-    if stage == 1 and work.mode != "generate" and not shape.experts and work.length % ranks == 0:
-        if copies is not None:
-            yield Layout("ulysses", n=ranks, data=data)
-        if work.length >= 2 * ranks:
-            yield Layout("context", n=ranks, data=data)
+    if work.mode != "generate" and not shape.experts:
+        yield from _by_tokens(shape, work, ranks, data, stage)
+
+
+def _by_tokens(shape: TransformerShape, work: Work, ranks: int, data: int, stage: int) -> Iterator[Layout]:
+    """Rivals that cut sequences: into two chunks for each rank, so that a causal mask leaves them even."""
+    for tokens in divisors(ranks)[1:]:
+        if work.length % (2 * tokens):
+            continue
+        if tokens == ranks and kv_copies(shape, tokens) is not None:
+            yield Layout("ulysses", data=data, stage=stage, tokens=tokens)
+        if kv_copies(shape, ranks // tokens) == 1:
+            yield Layout("context", n=ranks // tokens, data=data, stage=stage, tokens=tokens)
 
 
 def kv_copies(shape: TransformerShape, ranks: int) -> int | None:

@@ -116,9 +116,10 @@ class Estimator:
         return known
 
     def _weight_bytes(self, layout: Layout) -> int:
-        cut = layout.at(n=1) if layout.method in ("ulysses", "context") else layout
         stage, itemsize = self._stage_shape(layout), self.work.weight_bytes
-        held = TransformerCost(stage, cut.grid, cut.options, 1, 1, itemsize, self.ep_size(layout)).weight_bytes(0)
+        held = TransformerCost(stage, layout.grid, layout.options, 1, 1, itemsize, self.ep_size(layout)).weight_bytes(
+            0
+        )
         if self._generates and layout.method != "data":
             experts = stage.layers * stage.experts * stage.expert_parameters * itemsize
             held -= experts - experts // layout.grid.ranks
@@ -126,17 +127,14 @@ class Estimator:
 
     def _activation_bytes(self, layout: Layout) -> int:
         batch = self.samples(layout)
-        tokens_over = layout.n if layout.method in ("ulysses", "context") else 1
         key = ("held", layout.replica, layout.prefill, layout.stage, batch, layout.recompute)
         held = self._once(key, lambda: self._held(layout, batch))
         # GPipe keeps every microbatch; without stages gradients accumulate, one microbatch after the other.
         kept = layout.microbatches if self.work.mode == "train" and layout.stage > 1 else 1
-        return -(-held * kept // tokens_over)
+        return -(-held * kept // layout.tokens)
 
     def _held(self, layout: Layout, batch: int) -> int:
         """Bytes of one microbatch's activations; of tokens that are cut over ranks, all ranks' together."""
-        if layout.method in ("ulysses", "context"):
-            layout = layout.at(n=1)
         stage, work = self._stage_shape(layout), self.work
         if work.mode == "generate":  # of whose prompts only the last token meets the head
             stage = replace(stage, vocab=1)
@@ -187,8 +185,8 @@ class Estimator:
         out = pace * count
         if stages > 1:
             tokens = self.samples(layout) * self.work.length
-            own = -(-tokens // layout.grid.ranks) * self.shape.width * self.work.itemsize
-            hop = self.machine.send(own, distance=layout.grid.ranks)
+            own = -(-tokens // layout.stage_ranks) * self.shape.width * self.work.itemsize
+            hop = self.machine.send(own, distance=layout.stage_ranks)
             if layout.method == "tensor":  # the whole stream is put together again behind the link
                 hop += self.machine.collective("all_gather", own * (layout.grid.ranks - 1), layout.grid.ranks)
             messages = sends * layout.interleave * count + sends * (stages - 1)
@@ -228,9 +226,9 @@ class Estimator:
 
     def _gradients(self, layout: Layout, parameters: float) -> Seconds:
         """The sum of gradients over replicas, after the last backward pass; experts' over their own replicas only."""
-        size, stride = layout.data, layout.stage * layout.grid.ranks
-        if layout.method in ("ulysses", "context"):
-            size, stride = layout.data * layout.n, 1
+        size, stride = layout.data, layout.stage * layout.stage_ranks
+        if layout.tokens > 1:  # which have the same weights
+            size, stride = size * layout.tokens, layout.grid.ranks
         ep_size = self.ep_size(layout) if layout.method == "data" else 1
         stage_layers = -(-self.shape.layers // layout.stage)
         experts = stage_layers * self.shape.experts * self.shape.expert_parameters / max(ep_size, 1)

@@ -12,8 +12,8 @@ METHODS = {
     "helix": "m feature slices x n head groups",
     "data": "whole models on different samples",
     "tensor": "whole heads on n ranks, an all-reduce after each half block (Megatron)",
-    "ulysses": "tokens on n ranks, whole heads around attention (DeepSpeed-Ulysses); whole weights everywhere",
-    "context": "tokens on n ranks, keys and values passed round a ring; whole weights everywhere",
+    "ulysses": "tokens on some ranks, which exchange them for whole heads around attention (DeepSpeed-Ulysses)",
+    "context": "tokens on some ranks, keys and values passed round a ring or gathered, and whole heads on n in each",
 }
 
 
@@ -25,6 +25,7 @@ class Layout:
         method: one of METHODS. Helix on 1 x n is tensor parallelism with a token-sharded stream.
         m, n: of the grid; for the other methods m is 1 and n the ranks that share one replica's stage.
         data, stage: replicas and pipeline stages.
+        tokens: ranks that cut sequences, each with the weights of its n; of ulysses and context alone.
         prefill: schedule of a pass over whole sequences; decode: how the cache is cut in a decoding step.
         microbatches: that each replica's samples are cut into.
         recompute: what a backward pass computes again: none, selective (the core attention, and what was gathered),
@@ -42,6 +43,7 @@ class Layout:
     n: int = 1
     data: int = 1
     stage: int = 1
+    tokens: int = 1
     prefill: str = "batch"
     decode: str = "heads"
     microbatches: int = 1
@@ -59,12 +61,17 @@ class Layout:
     @property
     def replica(self) -> tuple[object, ...]:
         """What decides how one replica's layers are cut, besides their schedules."""
-        return self.method, self.m, self.n, self.sharded, self.kv_copies, self.fused
+        return self.method, self.m, self.n, self.tokens, self.sharded, self.kv_copies, self.fused
 
     @property
     def ranks(self) -> int:
         """Of the whole layout."""
-        return self.m * self.n * self.data * self.stage
+        return self.stage_ranks * self.data * self.stage
+
+    @property
+    def stage_ranks(self) -> int:
+        """Of one replica's stage."""
+        return self.m * self.n * self.tokens
 
     @property
     def options(self) -> AttentionOptions:
@@ -89,8 +96,8 @@ class Layout:
         head = {
             "helix": f"helix_{self.m}x{self.n}",
             "tensor": f"tp{self.n}" + ("_sp" if self.sharded else ""),
-            "ulysses": f"ulysses{self.n}",
-            "context": f"cp{self.n}",
+            "ulysses": f"ulysses{self.tokens}",
+            "context": (f"tp{self.n}_" if self.n > 1 else "") + f"cp{self.tokens}",
         }[self.method]
         stage = f"_pp{self.stage}" if self.stage > 1 else ""
         data = f"_dp{self.data}" if self.data > 1 else ""

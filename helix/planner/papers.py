@@ -62,7 +62,8 @@ def _layouts(shape: TransformerShape, batch: int) -> list[Layout]:
         Layout("tensor", n=8, stage=2, microbatches=16),
         Layout("tensor", n=RANKS),
         Layout("helix", 1, RANKS),
-        Layout("ulysses", n=RANKS),
+        Layout("ulysses", tokens=RANKS),
+        Layout("context", n=8, tokens=2),
     ]
     for m, n in ((4, 4), (2, 8)):
         grid = Grid(m, n)

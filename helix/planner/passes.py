@@ -7,7 +7,6 @@ Letters as in `helix.partition.grid`; p = m * n; e bytes a number.
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass, replace
 
 from helix.partition.shape import TransformerShape
@@ -52,7 +51,7 @@ class Passes:
 
     def layer(self, layout: Layout, batch: int, length: int, ep_size: int) -> LayerTime:
         """A layer's pass over batch x length tokens of one replica's stage."""
-        if layout.method in ("ulysses", "context"):
+        if layout.tokens > 1:
             return self._by_tokens(layout, batch, length)
         cost = self.cost_of(layout, batch, length, ep_size)
         core = self.core(layout, cost)
@@ -66,9 +65,7 @@ class Passes:
 
     def ends(self, layout: Layout, batch: int, length: int, ep_size: int) -> Seconds:
         """Embedding and head of a pass, with the loss's or the sampler's reading of the logits."""
-        if layout.method in ("ulysses", "context"):
-            tokens = -(-batch * length // layout.n)
-            return self.head(tokens, self.shape.vocab)
+        length = -(-length // layout.tokens)
         cost = self.cost_of(layout, batch, length, ep_size)
         moved = cost.bytes(0, [0])
         keys = [key for key in moved if key.split("/")[1] in ("embedding.leave", "head.enter")]
@@ -171,23 +168,28 @@ class Passes:
         return self.machine.collective(kind, nbytes, size)
 
     def _by_tokens(self, layout: Layout, batch: int, length: int) -> LayerTime:
-        """A layer whose tokens are cut over n ranks, each with whole weights."""
-        shape, n, e = self.shape, layout.n, self.itemsize
-        one = self.cost_of(layout.at(method="data", n=1), batch, length, 1)
-        tokens = -(-batch * length // n)
-        dense = self.dense(one, tokens)
-        flops = one.attention.core_flops() / n
-        numbers = 2 * tokens * (shape.heads + shape.kv_heads) * shape.head_dim
-        core = Seconds(attention=self.machine.attention(flops, numbers * e))
-        moved = Counter[str]()
+        """A layer whose tokens are cut over c ranks, and whose heads over n in each."""
+        shape, c, e = self.shape, layout.tokens, self.itemsize
+        whole = self.cost_of(layout.at(tokens=1), batch, length, 1)
+        part = replace(whole, length=-(-length // c))
+        tokens = batch * part.length
+        key_value = 2 * shape.kv_heads * shape.head_dim // layout.n
+        numbers = tokens * (2 * shape.attention_width // layout.n + key_value)
+        core = Seconds(attention=self.machine.attention(whole.attention.core_flops() / c, numbers * e))
+        moved = part.bytes(0)
+        inside = {key: count for key, count in moved.items() if "/embedding." not in key and "/head." not in key}
+        exchange = sum(self._exchange(layout, key, count, 1) for key, count in inside.items())
         if layout.method == "ulysses":
-            kept = max(shape.kv_heads, n)  # key/value heads fewer than ranks are sent more than once
-            moved["all_to_all/in"] = tokens * (shape.heads + 2 * kept) * shape.head_dim * e * (n - 1) // n
-            moved["all_to_all/out"] = tokens * shape.attention_width * e * (n - 1) // n
-            exchange = sum(self.machine.collective("all_to_all", count, n) for count in moved.values())
+            kept = max(shape.kv_heads, c)  # key/value heads fewer than ranks are sent more than once
+            each = tokens * shape.head_dim * e * (c - 1) // c
+            exchange += self.machine.collective("all_to_all", each * (shape.heads + 2 * kept), c)
+            exchange += self.machine.collective("all_to_all", each * shape.heads, c)
         else:
-            turn = self.machine.send(tokens * 2 * shape.kv_heads * shape.head_dim * e, distance=1)
-            turn = max(turn, self.machine.send(tokens * 2 * shape.kv_heads * shape.head_dim * e, distance=n - 1))
-            # The next keys and values arrive while attention to the present ones is computed.
-            exchange = max(0.0, (n - 1) * turn - core.attention * (n - 1) / n)
-        return LayerTime(dense + core + Seconds(exchange=exchange), core, Seconds())
+            shard = tokens * key_value * e
+            turn = max(self.machine.send(shard, distance * layout.n) for distance in (1, c - 1))
+            # In a ring the next keys and values arrive while attention to the present ones is computed.
+            ring = max(0.0, (c - 1) * turn - core.attention * (c - 1) / c)
+            exchange += min(ring, self.machine.collective("all_gather", (c - 1) * shard, c, layout.n))
+        gather = sum(self._exchange(layout, key, count, 1) for key, count in inside.items() if key.endswith(".enter"))
+        forward = self.dense(part, tokens) + core + Seconds(exchange=exchange)
+        return LayerTime(forward, core, Seconds(exchange=gather))
