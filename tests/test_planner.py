@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -14,16 +11,13 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rich.console import Console
 
 import helix
-from helix.__main__ import main
-from helix.command.plan import settings as plan_settings
 from helix.config.methods import from_name
 from helix.config.schema import ConfigError, Misfit, to_shape
 from helix.partition.grid import PartitionError
 from helix.partition.shape import TransformerShape
-from helix.planner import catalogue, papers, published
+from helix.planner import catalogue, papers, published, winning
 from helix.planner.candidates import Asked, candidates
 from helix.planner.estimate import Estimator
 from helix.planner.layout import Layout
@@ -31,7 +25,7 @@ from helix.planner.machine import Machine, machine_of
 from helix.planner.plan import Plan
 from helix.planner.search import GOALS, pareto, search
 from helix.planner.work import Work
-from helix.study import plan_plots, plan_table
+from helix.study import plan_plots
 
 MACHINE = Machine("m", 16, 8, 4e14, 3e14, 8e10, 2e12, 3e11, 4e10, 3e-6, 1e-5, 4e-6)
 SHAPE = TransformerShape(6, 768, heads=12, kv_heads=4, head_dim=64, mlp_hidden=3072, vocab=1000, gated=True)
@@ -245,71 +239,22 @@ def test_the_papers_claim_is_beyond_every_layout_that_cuts_heads() -> None:
     assert min(speeds, key=lambda each: speeds[each])[1] == "score"
 
 
-def test_a_plan_is_json_a_table_and_a_picture() -> None:
-    plan = generate("qwen3_235b_a22b", 64, batch=64, length=4096)
-    content = json.loads(json.dumps(plan.as_dict()))
-    assert content["best"]["name"] == plan.best.layout.name
-    assert content["best"]["memory_bytes"]["total"] == plan.best.memory.total
-    assert len(content["pareto"]) == len(plan.pareto)
-    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    with console.file:
-        console.print(plan_table.render(plan))
-    text = console.export_text()
-    assert plan.best.layout.name in text.splitlines()[0]
-    assert "error is unknown" in " ".join(text.split())
-    assert max(map(len, text.splitlines())) <= 80
-    axes = plan_plots.pareto_chart(plan).axes[0]
-    assert len(axes.collections) == len(plan.rivals)
-
-
-def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["plan", "model=smollm2", "hardware=h200", "workload.batch_size=8", "workload.seq_len=128"]
-    main([*words, "--json", str(tmp_path / "plan.json"), "--plot", str(tmp_path / "plan.png")])
-    assert "dp8" in capsys.readouterr().out
-    assert json.loads((tmp_path / "plan.json").read_text())["best"]["name"] == "dp8"
-    assert (tmp_path / "plan.png").stat().st_size > 10_000
-    main(["plan", "--published"])
-    main(["plan", "--papers"])
-    assert "median error 11.7%" in " ".join(capsys.readouterr().out.split())
-
-
-@pytest.mark.parametrize(
-    ("words", "sentence"),
-    [
-        (["model=llama"], "there is no model=llama"),
-        (["hardware=auto"], "hardware=auto does not say hardware.matmul_bf16_TFLOP_per_s"),
-        (["hardware.matmul_share=2"], "hardware.matmul_share must be at most 1, not 2"),
-        (["goal=speed"], "goal cannot be 'speed'"),
-        (["devices=many"], "devices takes a whole number or null, not many"),
-        (["parallel.k=1"], "there is no key parallel.k"),
-        (["model=deepseek_v3"], "model=deepseek_v3 has multi-head latent attention"),
-        (["model=llama3_70b", "devices=1"], "memory binds: llama3_70b needs at least"),
-        (["--json", "/nowhere/plan.json"], "--json /nowhere/plan.json: there is no folder"),
-        (["--published", "devices=2"], "--published and --papers take no settings"),
-    ],
-)
-def test_wrong_input_is_one_sentence_and_exit_code_2(
-    words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        main(["plan", *words])
-    assert stopped.value.code == 2
-    error = capsys.readouterr().err
-    assert error.startswith(f"python -m helix: error: {sentence}")
-    assert error.count("\n") == 1
-
-
-@pytest.mark.parametrize("name", ["llama3_70b", "qwen3_235b_a22b", "smollm2", "gemma4_global"])
-def test_known_models_can_be_planned_and_not_run(name: str) -> None:
-    one = plan_settings([f"model={name}", "hardware=dgx_h100"])
-    assert one.model.name == name
-    from helix.config.check import check_model
-
-    with pytest.raises(ConfigError, match=rf"model={name} has gated MLPs, which Helix's own transformer lacks"):
-        check_model(one.model, from_name("helix_1x1"))
-
-
-def test_planning_needs_no_torch() -> None:
-    code = "import helix, sys; helix.plan('smollm2', 'h200'); print(*{'torch', 'lightning'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
+def test_the_map_of_where_slices_win(tmp_path: Path) -> None:
+    """9 heads, 3 of them key/value: one sequence leaves no other layout on all of 4 devices or of 12."""
+    estimator = Estimator(
+        catalogue.shape(catalogue.model("smollm2"), "generate"),
+        machine_of(catalogue.hardware("dgx_h100"), "bf16-true", 12),
+        Work("generate", 1, 256, 16),
+    )
+    found = winning.cells(estimator, "tpot", Asked(stage=1), devices=(3, 4, 12), batches=(1, 64))
+    said = {(one.devices, one.batch): one for one in found}
+    assert said[3, 1].sliced is None
+    assert said[4, 1].ratio is said[12, 1].ratio is None
+    assert said[12, 1].sliced is not None
+    assert said[12, 1].sliced.layout.name == "helix_4x3"
+    assert said[12, 1].rival is None
+    assert 0 < (said[12, 64].ratio or 0) < 1
+    chart = plan_plots.winning_chart(generate("smollm2", 12, batch=1, length=256), found)
+    assert [text.get_text() for text in chart.axes[0].texts][:6] == [
+        "", "", "only", f"{said[4, 64].ratio:.2f}", "only", f"{said[12, 64].ratio:.2f}"
+    ]  # fmt: skip

@@ -15,17 +15,22 @@ from helix.config.check import check_values
 from helix.config.plan_schema import PlanConfig
 from helix.config.schema import ConfigError, PartitionError
 from helix.planner.candidates import Asked
-from helix.planner.catalogue import CONF, check_named
+from helix.planner.catalogue import CONF, check_named, is_folder, model, shape
+from helix.planner.estimate import Estimator
+from helix.planner.machine import machine_of
 from helix.planner.plan import Plan, plan
+from helix.planner.winning import DEVICES, Cell, cells
+from helix.planner.work import Work
 
 
 def settings(overrides: Sequence[str], conf: Path = CONF) -> PlanConfig:
-    """The configuration that a command line's overrides make.
+    """The configuration that a command line's overrides make; model= also takes a Hugging Face folder's path.
 
     Raises:
         ConfigError: in one sentence with the legal choices.
     """
-    words = [_known(word, conf) for word in overrides]
+    folders = [word for word in overrides if word.startswith("model=") and is_folder(word.partition("=")[2])]
+    words = [_known(word, conf) for word in overrides if word not in folders]
     prepare((), "plan", PlanConfig)
     try:
         with initialize_config_dir(str(conf), version_base=VERSION_BASE, job_name="plan"):
@@ -34,6 +39,8 @@ def settings(overrides: Sequence[str], conf: Path = CONF) -> PlanConfig:
         raise
     except REFUSALS as error:
         raise ConfigError(explain(error, PlanConfig, conf, words)) from error
+    if folders:
+        one.model = model(folders[-1].partition("=")[2])
     check_values(one)
     return one
 
@@ -44,7 +51,6 @@ def plan_of(one: PlanConfig) -> Plan:
     Raises:
         ConfigError, PartitionError: as `helix.plan`.
     """
-    given = one.parallel
     return plan(
         one.model,
         one.hardware,
@@ -55,8 +61,25 @@ def plan_of(one: PlanConfig) -> Plan:
         new_tokens=one.new_tokens if one.mode == "generate" else 0,
         precision=one.precision,
         goal=one.goal,
-        asked=Asked(given.m, given.n, given.data, given.stage, given.recompute, given.shard_data, given.runnable),
+        asked=_asked(one),
     )
+
+
+def map_of(one: PlanConfig) -> list[Cell]:
+    """Where slices win with these settings, over numbers of devices and batches.
+
+    Raises:
+        ConfigError, PartitionError: as `helix.plan`.
+    """
+    new_tokens = one.new_tokens if one.mode == "generate" else 0
+    work = Work(one.mode, 1, one.workload.seq_len, new_tokens, one.precision)
+    machine = machine_of(one.hardware, one.precision, max(DEVICES))
+    return cells(Estimator(shape(one.model, one.mode), machine, work), one.goal, _asked(one))
+
+
+def _asked(one: PlanConfig) -> Asked:
+    given = one.parallel
+    return Asked(given.m, given.n, given.data, given.stage, given.recompute, given.shard_data, given.runnable)
 
 
 def _known(word: str, conf: Path) -> str:
@@ -66,6 +89,5 @@ def _known(word: str, conf: Path) -> str:
         return word
     if (conf / f"model/known/{name}.yaml").exists():
         return f"model=known/{name}"
-    if not (conf / f"model/{name}.yaml").exists():
-        check_named("model", name)
+    check_named("model", name)
     return word

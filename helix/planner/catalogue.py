@@ -10,7 +10,7 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 
 import helix
-from helix.config.folder import shape_of
+from helix.config.folder import CONFIG, shape_of
 from helix.config.schema import PACKAGE, PRETRAINED, ConfigError, HardwareConfig, ModelConfig, to_shape
 from helix.partition.architectures import FAMILIES
 from helix.partition.shape import TransformerShape
@@ -29,11 +29,17 @@ def hardware(name: str) -> HardwareConfig:
 
 
 def model(name: str) -> ModelConfig:
-    """A file of conf/model, or of its folder of known models, by its name.
+    """A file of conf/model, or of its folder of known models, by its name; or a Hugging Face folder, by its path.
 
     Raises:
         ConfigError: if there is none, with those that there are.
+        PartitionError: if Helix cannot partition the folder's model.
     """
+    if is_folder(name):
+        folder = Path(name).expanduser()
+        found = shape_of(folder)
+        dims = {key: getattr(found, key) for key in ("layers", "width", "heads", "kv_heads", "head_dim", "mlp_hidden")}
+        return ModelConfig(name=folder.resolve().name, kind=PRETRAINED, path=str(folder), **dims)
     return ModelConfig(**_read("model", name))
 
 
@@ -42,6 +48,11 @@ def _files(group: str) -> dict[str, Path]:
     """Those that are dims and figures alone: what sets other groups as well only a command can compose."""
     files = sorted((CONF / group).rglob("*.yaml"))
     return {path.stem: path for path in files if "@package _global_" not in path.read_text()}
+
+
+def is_folder(name: str) -> bool:
+    """Whether a name is the path of a folder that transformers has written."""
+    return (Path(name).expanduser() / CONFIG).is_file()
 
 
 def shape(settings: ModelConfig, mode: str) -> TransformerShape:
@@ -68,7 +79,8 @@ def check_named(group: str, name: str) -> Path:
     if stem not in files:
         near = get_close_matches(stem, files, n=1)
         meant = f" (did you mean {near[0]}?)" if near else ""
-        raise ConfigError(f"there is no {group}={name}{meant}; choose one of: {', '.join(files)}")
+        other = ", or the path of a Hugging Face folder" if group == "model" else ""
+        raise ConfigError(f"there is no {group}={name}{meant}; choose one of: {', '.join(files)}{other}")
     return files[stem]
 
 

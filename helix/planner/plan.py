@@ -99,7 +99,8 @@ def plan(
     >>> helix.plan("llama3_70b", "dgx_h100", 16, mode="generate", batch=1, length=8192, new_tokens=256, goal="tpot")
 
     Args:
-        model, hardware: by their names in conf/model and conf/hardware, or as configured.
+        model, hardware: by their names in conf/model and conf/hardware, or as configured; a model also by the path of
+            a Hugging Face folder, of which config.json is read.
         devices: how many; None for as many as the hardware's system has.
         mode: forward (one pass over whole sequences), train (a step of AdamW) or generate.
         batch: sequences over all replicas.

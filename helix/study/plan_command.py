@@ -17,6 +17,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="as infer.py takes them: model=llama3_70b hardware=dgx_h100 devices=16 mode=generate goal=tpot "
         "workload.batch_size=8 workload.seq_len=4096 parallel.m=2; conf/plan.yaml has them all",
     )
+    parser.add_argument("--map", type=Path, metavar="PATH", help="draw where slices win, over devices and batch, here")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the figures here")
     parser.add_argument("--plot", type=Path, metavar="PATH", help="draw the choice here")
     told = parser.add_mutually_exclusive_group()
@@ -34,25 +35,30 @@ def run(options: argparse.Namespace) -> None:
 
     from helix.study import plan_table
 
-    for option, path in (("--json", options.json), ("--plot", options.plot)):
+    for option, path in (("--json", options.json), ("--plot", options.plot), ("--map", options.map)):
         if path is not None:
             check_file(option, path)
     if options.published or options.papers:
-        if options.overrides or options.json or options.plot:
+        if options.overrides or options.json or options.plot or options.map:
             raise ConfigError("--published and --papers take no settings and write no files; give them alone")
         Console().print(plan_table.published() if options.published else plan_table.papers())
         return
-    from helix.command.plan import plan_of, settings
+    from helix.command.plan import map_of, plan_of, settings
 
-    plan = plan_of(settings(options.overrides))
+    one = settings(options.overrides)
+    plan = plan_of(one)
     Console().print(plan_table.render(plan))
     if options.json is not None:
         options.json.write_text(json.dumps(plan.as_dict(), indent=2) + "\n")
-    if options.plot is not None:
-        from helix.study import plan_plots
-        from helix.study.plots import save
+    if options.plot is None and options.map is None:
+        return
+    from helix.study import plan_plots
+    from helix.study.plots import save
 
+    if options.plot is not None:
         save(plan_plots.pareto_chart(plan), options.plot)
+    if options.map is not None:
+        save(plan_plots.winning_chart(plan, map_of(one)), options.map)
 
 
 def check_file(option: str, path: Path) -> None:
