@@ -74,6 +74,8 @@ def check_named(group: str, name: str) -> Path:
     Raises:
         ConfigError: if there is none, with those that there are.
     """
+    if not CONF.is_dir():
+        raise ConfigError(f"{group}={name}: there is no {CONF}; give a ModelConfig and a HardwareConfig")
     files = _files(group)
     stem = name.rpartition("/")[2]
     if stem not in files:

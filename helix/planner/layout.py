@@ -7,22 +7,18 @@ from dataclasses import dataclass, replace
 from helix.partition.grid import Grid
 from helix.partition.options import AttentionOptions
 
-# What each method is, for tables and reasons.
-METHODS = {
-    "helix": "m feature slices x n head groups",
-    "data": "whole models on different samples",
-    "tensor": "whole heads on n ranks, an all-reduce after each half block (Megatron)",
-    "ulysses": "tokens on some ranks, which exchange them for whole heads around attention (DeepSpeed-Ulysses)",
-    "context": "tokens on some ranks, keys and values passed round a ring or gathered, and whole heads on n in each",
-}
-
 
 @dataclass(frozen=True)
 class Layout:
-    """A layout of m * n * data * stage ranks.
+    """A layout of m * n * tokens * data * stage ranks.
 
     Args:
-        method: one of METHODS. Helix on 1 x n is tensor parallelism with a token-sharded stream.
+        method: how one replica's layers are laid over its ranks:
+            helix      m feature slices x n head groups
+            data       whole, on different samples
+            tensor     whole heads on n ranks, an all-reduce after each half block (Megatron)
+            ulysses    tokens on some ranks, which exchange them for whole heads around attention (DeepSpeed)
+            context    tokens on some ranks, keys and values passed round a ring or gathered; heads on n in each
         m, n: of the grid; for the other methods m is 1 and n the ranks that share one replica's stage.
         data, stage: replicas and pipeline stages.
         tokens: ranks that cut sequences, each with the weights of its n; of ulysses and context alone.

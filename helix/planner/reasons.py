@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 
 from helix.config.words import size
 from helix.planner.candidates import kv_copies
 from helix.planner.estimate import Estimator
-from helix.planner.layout import METHODS, Layout
+from helix.planner.layout import Layout
 from helix.planner.search import GOALS, Found, best_of_methods, kind
 from helix.planner.work import HEADROOM, Estimate
 
@@ -18,8 +19,8 @@ def reasons(estimator: Estimator, found: Found, goal: str) -> Iterator[str]:
     best = found.fitting[0]
     if best.layout.method == "data":
         yield _whole(estimator, best)
-    elif best.layout.method in ("ulysses", "context"):
-        yield f"{best.layout.name}: {METHODS[best.layout.method]}."
+    elif best.layout.tokens > 1:
+        yield _tokens(best)
     else:
         yield _slices(estimator, found, goal)
         yield from _replicas(estimator, found)
@@ -60,7 +61,8 @@ def _ratio(best: Estimate, other: Estimate, goal: str) -> str:
 
 def _whole(estimator: Estimator, best: Estimate) -> str:
     room = HEADROOM * estimator.machine.memory_bytes
-    fits = f"the whole model fits on one device ({size(best.memory.total)} of {size(room)})"
+    there = f" of {size(room)}" if room < math.inf else ""
+    fits = f"the whole model fits on one device ({size(best.memory.total)}{there})"
     if best.layout.ranks == 1:
         return f"One device: {fits}, and there is nothing to divide."
     moves = (
@@ -80,6 +82,17 @@ def _runnable(estimator: Estimator, found: Found, goal: str) -> str:
         return f"{command} has no method for it, nor for any other layout that fits here."
     own = f"{runs[0].layout.name} at {_ratio(best, runs[0], goal)}"
     return f"{command} has no method for it; the best that it has is {own}."
+
+
+def _tokens(best: Estimate) -> str:
+    """Why sequences are cut."""
+    layout = best.layout
+    moves = "keys and values alone move" if layout.method == "context" else "tokens are exchanged for heads"
+    heads = f", and heads over {layout.n} in each" if layout.n > 1 else ""
+    return (
+        f"Each sequence is cut over {layout.tokens} ranks{heads}: between the former {moves}, and projections and "
+        "MLPs need no collective of theirs; features need not be sliced."
+    )
 
 
 def _alone(estimator: Estimator, best: Estimate, goal: str) -> Iterator[str]:
@@ -129,8 +142,9 @@ def _slices(estimator: Estimator, found: Found, goal: str) -> str:
             f"{ranks} ranks and {shape.kv_heads} key/value heads: slices take what heads cannot, and none is held "
             f"{copies} times"
         )
-    schedule = f" Prefill goes by `{layout.prefill}`"
-    schedule += f", the cache is cut by `{layout.decode}`." if estimator.work.mode == "generate" else "."
+    schedule = f" The schedule is `{layout.prefill}`."
+    if estimator.work.mode == "generate":
+        schedule = f" Prefill goes by `{layout.prefill}`, the cache is cut by `{layout.decode}`."
     return f"m={layout.m}: {why}.{_rival(best, alike, goal)}{schedule}"
 
 
