@@ -158,7 +158,7 @@ def check_ways_to_generate(mesh: Mesh, family: str, phases: Phases, **sizes: Any
     models = Models.of(mesh, family, phases, **{"kv_heads": 4, **sizes})
     one, several = pretrained.batch(1, 11, padded=0), pretrained.batch(4, 11, padded=3)
     repeating = {key: value.repeat(1, 3) for key, value in one.items()}
-    models.generate(several, num_beams=4)
+    models.generate(several, num_beams=2)
     models.generate(one, num_beams=4, num_return_sequences=2)
     models.generate(several, prefill_chunk_size=4)
     if phases.decode != "batch":
@@ -359,8 +359,7 @@ def test_a_cache_goes_on_as_transformers_own_does() -> None:
 
 def test_transformers_ways_to_generate() -> None:
     run(
-        (check_ways_to_generate, FOUR, "llama", Phases("auto", "kvseq")),
-        (check_ways_to_generate, SQUARE, "gemma2", Phases("auto", "heads")),
+        (check_ways_to_generate, FOUR, "gemma2", Phases("auto", "kvseq")),
         (check_beams_cross_ranks, FOUR),
         (check_refusals, FOUR),
         (check_other_masks_and_calls, FOUR),

@@ -80,8 +80,8 @@ class Store:
             self._show()
 
     def change(self, samples: Callable[[Tensor], Tensor]) -> None:
-        """Replace keys and values, and the room around them, by what a function makes of them, sample by sample."""
-        self._room = torch.stack([samples(each) for each in self._room.unbind()])
+        """Replace what is held, and the room around it, by what a function makes of it, sample by sample."""
+        self._room = samples(self._room.transpose(0, 1)).transpose(0, 1)
         self._show()
 
     def _is_closed(self) -> bool:
