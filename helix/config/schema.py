@@ -14,7 +14,8 @@ from typing import Any, ClassVar, Protocol
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
-from helix.partition.grid import Grid, PartitionError
+from helix.partition.grid import Grid
+from helix.partition.grid import PartitionError as PartitionError
 from helix.partition.options import AttentionOptions
 from helix.partition.phases import DECODE
 from helix.partition.schedules import SCHEDULES
@@ -285,34 +286,3 @@ def expert_parallel(model: ModelConfig, parallel: ParallelConfig) -> int:
 def expert_ranks(parallel: ParallelConfig) -> int:
     """Ranks that one replica's experts may be spread over; data parallelism spreads them over the replicas."""
     return parallel.data if parallel.method == "data" else to_grid(parallel).ranks
-
-
-__all__ = [
-    "DECODES",
-    "ITEMSIZE",
-    "METHODS",
-    "PACKAGE",
-    "PEERS",
-    "PRETRAINED",
-    "ConfigError",
-    "GenerateConfig",
-    "HardwareConfig",
-    "InferConfig",
-    "LoggerConfig",
-    "Misfit",
-    "ModelConfig",
-    "ParallelConfig",
-    "PartitionError",
-    "Settings",
-    "WorkloadConfig",
-    "at_least",
-    "bounded",
-    "digest",
-    "expert_parallel",
-    "expert_ranks",
-    "one_of",
-    "register",
-    "to_grid",
-    "to_options",
-    "to_shape",
-]
