@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from helix.checkpoint.asked import check_inference
 from helix.command.cli import command, stop
 from helix.command.sweep import SweepJob
 from helix.config.schema import PRETRAINED, ConfigError, InferConfig, PartitionError
+from helix.generation.asked import check
 
 
 def collect(folder: Path, jobs: Sequence[SweepJob]) -> None:
@@ -28,7 +28,7 @@ def agree(words: list[str]) -> list[str]:
     return agree(words)
 
 
-@command("infer", conf=Path(__file__).resolve().parent / "conf", collect=collect, agree=agree, check=check_inference)
+@command("infer", conf=Path(__file__).resolve().parent / "conf", collect=collect, agree=agree, check=check)
 def main(settings: InferConfig, run_dir: Path) -> None:
     """Run what was configured; torch is imported from here on, when nothing is wrong any more."""
     from helix.checkpoint.content import CheckpointError

@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from safetensors.numpy import save_file
 from test_bad_input import contents, exit_code, infer, machine
 from texts import tokenizer
 
@@ -103,7 +104,8 @@ CASES = [
     wrong("path-of-drawn", "model=dense  model.path=it", "model=pretrained model.path="),
     wrong("no-folder", "model=pretrained  model.path=nowhere  prompt=a", "model.path=nowhere is not a folder"),
     wrong("no-config", f"{OWN}  prompt=a", "has no config.json", missing="config.json"),
-    wrong("no-weights", f"{OWN}  prompt=a", "has no model.safetensors", missing="model.safetensors"),
+    wrong("no-weights", f"{OWN}  prompt=a", "has no weights", "model.safetensors", missing="model.safetensors"),
+    wrong("no-template", f"{OWN}  prompt=a  generate.chat=true", "needs a chat template", "leave it out"),
     wrong("no-tokenizer", f"{OWN}  prompt=a", "has no tokenizer", "save_pretrained", missing="tokenizer.json"),
     wrong("architecture", f"{OWN}  prompt=a", "does not partition mamba models", config={"model_type": "mamba"}),
     wrong("encoder", f"{OWN}  prompt=a", "bert models read text and write none", config={"model_type": "bert"}),
@@ -129,7 +131,7 @@ def test_is_refused_in_one_sentence(
     own.mkdir()
     config = {key: value for key, value in (LLAMA | (one.config or {})).items() if value is not None}
     (own / "config.json").write_text(json.dumps(config))
-    (own / "model.safetensors").touch()
+    save_file({}, own / "model.safetensors")
     tokenizer().save_pretrained(own)
     if one.missing is not None:
         (own / one.missing).unlink()

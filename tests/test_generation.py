@@ -197,7 +197,7 @@ def test_the_folders_own_sampling_does_not_count() -> None:
     assert (greedy.do_sample, greedy.num_beams, greedy.max_new_tokens, greedy.eos_token_id) == (False, 1, 7, [2, 5])
     drawn = chosen(GenerateConfig(temperature=0.5), Folder(), frozenset(), 0, limit=1)  # type: ignore[arg-type]
     assert (drawn.do_sample, drawn.temperature, drawn.top_k, drawn.top_p) == (True, 0.5, 0, 1.0)
-    assert (drawn.max_new_tokens, drawn.eos_token_id) == (1, None)
+    assert (drawn.max_new_tokens, drawn.eos_token_id) == (1, [2**31 - 1])  # None would mean the folder's
 
 
 def test_ends_and_padding() -> None:

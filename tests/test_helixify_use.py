@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import doctest
+import weakref
 from typing import Any
 
 import pytest
@@ -106,6 +107,10 @@ def kept(mesh: Mesh) -> dict[str, Any]:
     frozen = [name for name, p in one.named_parameters() if not p.requires_grad]
     one(**batch()).logits.sum().backward()
     assert all((p.grad is None) == (name in frozen) for name, p in one.named_parameters())
+    states = one(**batch(), output_hidden_states=True).hidden_states
+    alive = list(map(weakref.ref, states))
+    del states
+    assert not any(state() is not None for state in alive), "a step's activations stay after it"
     return {"frozen": frozen, "other": error(other(**batch()).logits.detach(), expected.detach())}
 
 

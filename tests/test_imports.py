@@ -24,7 +24,7 @@ LIGHT = """
 import helix
 from helix import Grid, PartitionError
 import helix.partition.grid, helix.partition.shape, helix.partition.schedules, helix.partition.cost
-import helix.config.schema
+import helix.config.schema, helix.generation.asked
 import helix.study.text, helix.study.statistics, helix.study.report, helix.study.table, helix.study.tracking
 """
 

@@ -18,9 +18,10 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from helix.comm.mesh import Axis
 from helix.partition.phases import Phases, Stride, Window, stride_of
 from helix.pretrained import kernel
-from helix.pretrained.cache import SPARE_TOKENS, DealtLayer
+from helix.pretrained.cache import DealtLayer
 from helix.pretrained.kernel import Scoring, attention, partial
 from helix.pretrained.sharing import Place
+from helix.pretrained.store import SPARE_TOKENS
 
 
 @given(st.integers(1, 9), st.integers(0, 60), st.integers(0, 60))

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -22,6 +23,7 @@ from helix.checkpoint.content import CheckpointError
 from helix.comm.mesh import Mesh
 from helix.pretrained import smollm2
 from helix.pretrained.cuts import cuts
+from helix.pretrained.gguf import convert
 from helix.pretrained.loading import empty, load
 from helix.study.memory import PeakMemory
 from tests.pretrained import VOCAB, tiny
@@ -41,7 +43,13 @@ _NAMES = {
 }
 
 
-def _write_gguf(file: Path, model: PreTrainedModel) -> None:
+def _write_gguf(file: Path, model: PreTrainedModel, scaling: float = 1.0, without: str = "") -> None:
+    """A model as llama.cpp has it.
+
+    Args:
+        scaling: of the rotary embedding.
+        without: the name of a tensor that is left out.
+    """
     config, state = model.config, model.state_dict()
     writer = gguf.GGUFWriter(str(file), "llama")
     writer.add_block_count(config.num_hidden_layers)
@@ -51,6 +59,7 @@ def _write_gguf(file: Path, model: PreTrainedModel) -> None:
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_scaling_factor(scaling)
     writer.add_vocab_size(VOCAB)
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(["<unk>", "<s>", "</s>", *map(chr, range(64, 60 + VOCAB)), "ab"])
@@ -68,7 +77,8 @@ def _write_gguf(file: Path, model: PreTrainedModel) -> None:
         weight = state[f"{name}.weight"]
         if count := heads.get(other.rpartition(".")[2]):  # llama.cpp turns neighbouring features, transformers halves
             weight = weight.view(count, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
-        writer.add_tensor(f"{other}.weight", np.ascontiguousarray(weight.numpy()))
+        if other != without:
+            writer.add_tensor(f"{other}.weight", np.ascontiguousarray(weight.numpy()))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -137,6 +147,22 @@ def test_a_damaged_gguf_is_one_sentence(package: Path, tmp_path: Path) -> None:
     assert first.startswith("converting half.gguf")
     assert error.startswith(f"python -m helix: error: {tmp_path}/half.gguf is damaged or of an unknown kind: ")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["half.gguf", "site"]
+
+
+def test_a_gguf_that_would_be_another_model_is_refused(tmp_path: Path) -> None:
+    def refuse() -> None:
+        changes: dict[str, Any]
+        for words, changes in (
+            ("scales its rotary embeddings \\(llama.rope.scaling.factor", {"scaling": 2.0}),
+            ("lacks model.layers.1.mlp.up_proj.weight", {"without": "blk.1.ffn_up"}),
+        ):
+            file = tmp_path / f"{words[:5]}.gguf"
+            _write_gguf(file, tiny("llama"), **changes)
+            with pytest.raises(CheckpointError, match=words):
+                convert(file, tmp_path / "made")
+
+    on_ranks(1, refuse)
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".gguf", ".gguf"]
 
 
 @pytest.mark.parametrize(

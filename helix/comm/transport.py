@@ -62,7 +62,7 @@ def all_to_all_even(x: Tensor, axis: Axis, name: str) -> Tensor:
     Unlike `all_to_all`, whose sizes one rank does not know of another, it may go through shared memory.
     """
     x = x.contiguous()
-    nbytes = wire.all_to_all(x.numel(), x[0].numel(), x.element_size())
+    nbytes = wire.all_to_all(x.numel(), x.numel() // axis.size, x.element_size())
     return counted(f"all_to_all/{name}", nbytes, x.device, axis.group, lambda: _even_exchange(x, axis))
 
 

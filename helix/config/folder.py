@@ -1,21 +1,16 @@
-"""A Hugging Face folder as far as it can be read without torch: its sizes, its files, and the length of a prompt."""
+"""What the configuration in a Hugging Face folder says of a model, and what that leaves for a prompt."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from helix.config.schema import PACKAGE, ConfigError, ModelConfig
 from helix.partition.families import PretrainedShape, describe
-from helix.partition.grid import PartitionError
 
-CONFIG, TOKENIZER = "config.json", "tokenizer.json"
-# Any of these makes a tokenizer that transformers can load.
-_TOKENIZERS = (TOKENIZER, "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
-_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+CONFIG = "config.json"
 _WANTED = "model.path takes a folder that transformers has written, with config.json, safetensors and a tokenizer"
 # `ModelConfig`'s names of what a config.json decides.
 _DIMS = ("layers", "width", "heads", "kv_heads", "head_dim", "mlp_hidden", "vocab", "context", "experts")
@@ -44,23 +39,6 @@ def shape_of(folder: Path) -> PretrainedShape:
     return describe(_config(folder))
 
 
-def check_folder(folder: Path) -> None:
-    """Check that a folder has a model's files. Its sizes are `shape_of`'s.
-
-    Raises:
-        ConfigError: naming the file that is missing.
-    """
-    _config(folder)
-    if not any((folder / name).is_file() for name in _WEIGHTS):
-        other = next((each.name for each in sorted(folder.iterdir()) if each.suffix in (".bin", ".gguf", ".pt")), None)
-        instead = f" (it has {other}: save the model with safetensors)" if other else ""
-        raise ConfigError(f"model.path={folder} has no {_WEIGHTS[0]}{instead}; {_WANTED}")
-    if not any((folder / name).is_file() for name in _TOKENIZERS):
-        raise ConfigError(
-            f"model.path={folder} has no tokenizer ({TOKENIZER}); save it there with tokenizer.save_pretrained"
-        )
-
-
 def check_package() -> None:
     """Check that the package is installed that brings SmolLM2 along; importing it would need another one."""
     name = PACKAGE.partition(":")[2]
@@ -81,27 +59,6 @@ def check_dims(model: ModelConfig, shape: PretrainedShape) -> None:
         given, own = getattr(model, name), getattr(shape, name)
         if given != own:
             raise ConfigError(f"model.{name}={given} cannot be: model={model.name} has {own}; leave it out")
-
-
-def check_length(folder: Path, prompts: list[str], new: int, context: int) -> None:
-    """Check that the prompts and what is to follow fit into the model's context, if a tokenizer.json tells.
-
-    A chat template adds to them, and only transformers knows what.
-
-    Raises:
-        ConfigError: naming the longest prompt.
-    """
-    if not (folder / TOKENIZER).is_file():
-        return
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive a fork
-    from tokenizers import Tokenizer
-
-    try:
-        tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
-    except Exception as error:  # the library raises no other class
-        raise ConfigError(f"{folder / TOKENIZER} cannot be read: {error}; save the tokenizer again") from None
-    lengths = [len(tokenizer.encode(prompt).ids) for prompt in prompts]
-    refuse_length(lengths, new, context)
 
 
 def refuse_length(lengths: list[int], new: int, context: int) -> None:
@@ -135,6 +92,3 @@ def _config(folder: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ConfigError(f"{path} holds no configuration; {_WANTED}")
     return content
-
-
-__all__ = ["PartitionError", "check_dims", "check_folder", "check_length", "check_package", "model_dim", "shape_of"]

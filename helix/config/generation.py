@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from helix.config.check import check_device, check_logger, check_started, check_values
-from helix.config.folder import check_dims, check_folder, check_length, check_package, refuse_length, shape_of
+from helix.config.folder import check_dims, check_package, refuse_length, shape_of
 from helix.config.memory import check_generation_memory
 from helix.config.methods import baselines_of, to_name
 from helix.config.schema import (
@@ -49,7 +49,7 @@ def check_generation(settings: InferConfig) -> None:
     room = settings.model.context
     if room is not None and settings.generate.max_new_tokens >= room:
         refuse_length([1], settings.generate.max_new_tokens, room)
-    check_pretrained(settings.model, prompts, settings.generate)
+    check_pretrained(settings.model)
     check_grid(settings.parallel, settings.model, batch_sizes(len(prompts), settings.workload.batch_size))
     check_logger(settings.logger)
     local_ranks = check_started(settings.parallel.ranks)
@@ -150,19 +150,14 @@ def _check_baselines(settings: InferConfig) -> None:
         names.append(to_name(layout))
 
 
-def check_pretrained(model: ModelConfig, prompts: list[str], generate: GenerateConfig) -> None:
-    """Check what the model's folder tells; that of a package is made when the ranks are about to start."""
+def check_pretrained(model: ModelConfig) -> None:
+    """Check what a folder's configuration tells; that of a package is looked at when its folder is made."""
     if model.path == PACKAGE:
         check_package()
         return
     if model.path is None:
         raise ConfigError(f"model.path is not given; model.kind={PRETRAINED} needs a folder, or take model=smollm2")
-    folder = Path(model.path)
-    check_folder(folder)
-    shape = shape_of(folder)
-    check_shape(model, shape)
-    if not generate.chat:  # a template adds tokens that only transformers knows
-        check_length(folder, prompts, generate.max_new_tokens, shape.context)
+    check_shape(model, shape_of(Path(model.path)))
 
 
 def known_shape(model: ModelConfig) -> PretrainedShape:

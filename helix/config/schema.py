@@ -16,7 +16,8 @@ from omegaconf import MISSING
 
 from helix.config.bounds import at_least, bounded, one_of
 from helix.config.hardware import HardwareConfig
-from helix.partition.grid import Grid, PartitionError
+from helix.partition.grid import Grid
+from helix.partition.grid import PartitionError as PartitionError
 from helix.partition.options import AttentionOptions
 from helix.partition.phases import DECODE
 from helix.partition.schedules import SCHEDULES
@@ -271,34 +272,3 @@ def expert_parallel(model: ModelConfig, parallel: ParallelConfig) -> int:
 def expert_ranks(parallel: ParallelConfig) -> int:
     """Ranks that one replica's experts may be spread over; data parallelism spreads them over the replicas."""
     return parallel.data if parallel.method == "data" else to_grid(parallel).ranks
-
-
-__all__ = [
-    "DECODES",
-    "ITEMSIZE",
-    "METHODS",
-    "PACKAGE",
-    "PEERS",
-    "PRETRAINED",
-    "ConfigError",
-    "GenerateConfig",
-    "HardwareConfig",
-    "InferConfig",
-    "LoggerConfig",
-    "Misfit",
-    "ModelConfig",
-    "ParallelConfig",
-    "PartitionError",
-    "Settings",
-    "WorkloadConfig",
-    "at_least",
-    "bounded",
-    "digest",
-    "expert_parallel",
-    "expert_ranks",
-    "one_of",
-    "register",
-    "to_grid",
-    "to_options",
-    "to_shape",
-]

@@ -19,7 +19,8 @@ from helix.config.environment import local_ranks, resolve_device, speaks
 from helix.config.folder import shape_of
 from helix.config.generation import check_shape
 from helix.config.methods import baselines_of, to_name
-from helix.config.schema import ITEMSIZE, PACKAGE, InferConfig, digest
+from helix.config.schema import ITEMSIZE, InferConfig, digest
+from helix.generation.asked import folder_of
 from helix.generation.contenders import Contender, Source
 from helix.generation.measure import Found, Protocol, measure
 from helix.generation.passes import Task
@@ -28,6 +29,7 @@ from helix.generation.sampling import ends_of, padding
 from helix.generation.table import show
 from helix.generation.tokens import Prompts, encode, read_tokenizer
 from helix.generation.verify import compare, expected
+from helix.generation.views import make_printable
 from helix.study.inference import DTYPES
 from helix.study.provenance import now
 from helix.study.report import (
@@ -68,13 +70,14 @@ def run(settings: InferConfig, run_dir: Path) -> None:
     arguments = settings, given, run_dir, device, began, time.time()
     reports = launch(_rank, *arguments, ranks=settings.parallel.ranks, device=device)
     if reports[0] is not None and speaks():
+        make_printable()
         show(reports[0])
 
 
 def read(settings: InferConfig) -> Given:
     """Find the model, read its sizes and tokenizer, and encode the prompts. No torch computation, no weight."""
     _be_quiet()
-    folder = _folder(settings)
+    folder = folder_of(settings)
     shape = shape_of(folder)
     check_shape(settings.model, shape)
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
@@ -102,15 +105,6 @@ def _be_quiet() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-
-
-def _folder(settings: InferConfig) -> Path:
-    path = settings.model.path
-    if path != PACKAGE:
-        return Path(str(path)).resolve()
-    from helix.pretrained import smollm2
-
-    return smollm2.folder()
 
 
 def _rank(

@@ -8,6 +8,9 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from helix.config.schema import GenerateConfig
 
+# A token that no model has. Without any, the folder's own would end an answer.
+_NEVER = 2**31 - 1
+
 
 def ends_of(model_config: Any, generation_config: Any, tokenizer: Any) -> frozenset[int]:
     """Tokens that end an answer, by the folder's own word."""
@@ -47,7 +50,7 @@ def chosen(
         use_cache=True,
         return_dict_in_generate=True,
         pad_token_id=pad,
-        eos_token_id=sorted(ends) or None,
+        eos_token_id=sorted(ends) or [_NEVER],
         bos_token_id=getattr(model.generation_config, "bos_token_id", None),
         **drawing,
     )

@@ -13,8 +13,8 @@ chosen apart: the first call has the whole keys at hand, whatever of them it the
 
 `auto` takes the first of the lists below that is legal. That is the cheapest by bytes, then by balance, as
 `helix.partition.decoding` counts them: `batch` and `heads` send each output once, in equal shares. So does `rows`,
-but in shares that differ by a row or two. `kvseq` sends every rank's share of every output, m times as much, though
-still the same at any length of the context. `batch` is before `heads` as samples lie together in memory.
+but in shares that differ by a row or two. `kvseq` sends every rank's part of every output with its weight, more than m
+times as much, though the same at any length of the context. `batch` is before `heads`: samples lie together.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from helix.checkpoint import manifest as disk
 from helix.checkpoint.content import CheckpointError
 
+_PLAIN = ("none", 1.0)  # a rotary embedding that is not scaled
 DTYPES = ("float32", "bfloat16", "float16")
 NEEDED = "pip install 'helix-attention[pretrained]'"
 
@@ -102,13 +103,20 @@ def _write(file: Path, draft: Path, dtype: str) -> int:
     _say("configuration, ")
     config = _told(file, lambda: transformers.AutoConfig.from_pretrained(**source))
     _check_family(config.to_dict())
+    _check_read(file, config)
     _say("weights, ")
     model, said = _told(
         file,
         lambda: transformers.AutoModelForCausalLM.from_pretrained(
-            **source, config=config, dtype=getattr(torch, dtype), output_loading_info=True
+            **source,
+            config=config,
+            dtype=getattr(torch, dtype),
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
         ),
     )
+    for name, stored, expected in sorted(said["mismatched_keys"]):
+        raise CheckpointError(f"{file} has {name} as {list(stored)}, and transformers expects {list(expected)} of it")
     if missing := sorted(said["missing_keys"]):
         raise CheckpointError(f"{file} lacks {', '.join(missing[:3])} ({len(missing)} tensors in all)")
     _say("tokenizer, ")
@@ -154,6 +162,23 @@ def _check_family(config: dict[str, Any]) -> None:
     from helix.partition.families import describe
 
     describe({key: value for key, value in config.items() if key != "quantization_config"})
+
+
+def _check_read(file: Path, config: Any) -> None:
+    """Refuse a file that means more than transformers takes from it: the model would be another, and nothing said."""
+    import gguf
+
+    reader = gguf.GGUFReader(os.path.join(file.parent, file.name))
+    scaled = [name for name, field in reader.fields.items() if ".rope.scal" in name and field.contents() not in _PLAIN]
+    scaled += [tensor.name for tensor in reader.tensors if tensor.name.startswith("rope_f")]
+    if scaled:
+        raise CheckpointError(
+            f"{file} scales its rotary embeddings ({scaled[0]}), which transformers does not read from a GGUF; "
+            "take the model's safetensors"
+        )
+    # Gemma 2 and 3 of 27B: llama.cpp knows their attention's scale by their depth, and no field has it.
+    if (config.model_type, config.num_hidden_layers) in (("gemma2", 46), ("gemma3_text", 62)):
+        raise CheckpointError(f"{file} does not state its attention's scale; take the model's safetensors")
 
 
 def _told(file: Path, read: Callable[[], Any]) -> Any:

@@ -62,7 +62,7 @@ class Entry:
         if self._marked is None or self._given is not x:
             self._given, self._marked = x, collectives.replicate(x, self.axis, self.name)
         marked = self._marked
-        if index == self.layers - 1:
+        if index >= self.layers - 1:  # not held longer than it is needed: a whole step hangs on it
             self._given = self._marked = None
         return marked
 

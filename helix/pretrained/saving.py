@@ -81,8 +81,9 @@ def save(model: PreTrainedModel, folder: Path | str, max_shard_size: int | str =
     try:
         if mesh.data.rank == 0:
             everyones = [cuts(whole, mesh.grid, rank) for rank in range(mesh.grid.ranks)]
+            desk = _Desk(mesh.device_type)
             for matrix in _matrices(tensors, stored, found, everyones):
-                _send(matrix, mesh.model, writer)
+                _send(matrix, mesh.model, writer, desk)
         from_rank_0(lambda: _finish(writer, folder))
     finally:
         if writer is not None:
@@ -157,7 +158,7 @@ def _matrices(
                 yield _Matrix(part, shape, own, places)
 
 
-def _send(matrix: _Matrix, axis: Axis, writer: Writer | None) -> None:
+def _send(matrix: _Matrix, axis: Axis, writer: Writer | None, desk: _Desk) -> None:
     """Bring a tensor's rows to rank 0, some at a time, where they are written."""
     part, rows = matrix.part, matrix.part.shape[0]
     ranks = axis.size if matrix.cuts else 1
@@ -168,7 +169,7 @@ def _send(matrix: _Matrix, axis: Axis, writer: Writer | None) -> None:
             if writer is not None:
                 _write(matrix, a, block, writer)
             continue
-        blocks = _gathered(block, axis)
+        blocks = _gathered(block, axis, desk)
         if writer is None:
             continue
         if matrix.cuts[0].dim == 0:
@@ -176,20 +177,39 @@ def _send(matrix: _Matrix, axis: Axis, writer: Writer | None) -> None:
                 for row, run in _rows(cut, a, each):
                     _write(matrix, row, run, writer)
         else:
-            together = block.new_empty((block.shape[0], *matrix.shape[1:]))
+            page = desk.page((block.shape[0], *matrix.shape[1:]), block.dtype)
             for cut, each in zip(matrix.cuts, blocks, strict=True):
-                cut.put(each, together)
-            _write(matrix, a, together, writer)
+                cut.put(each, page)
+            _write(matrix, a, page, writer)
 
 
-def _gathered(x: Tensor, axis: Axis) -> list[Tensor]:
-    """Everyone's x on rank 0, nothing elsewhere. As bytes, since gloo does not know every dtype."""
+def _gathered(x: Tensor, axis: Axis, desk: _Desk) -> list[Tensor]:
+    """Everyone's x on rank 0, until the next call; nothing elsewhere. As bytes: gloo does not know every dtype."""
     if axis.size == 1:
         return [x]
     sent = x.contiguous().flatten().view(torch.uint8)
-    received = [torch.empty_like(sent) for _ in range(axis.size)] if axis.rank == 0 else None
+    received = list(desk.inbox(axis.size, len(sent))) if axis.rank == 0 else None
     dist.gather(sent, received, group=axis.group, group_dst=0)
     return [each.view(x.dtype).view(x.shape) for each in received or ()]
+
+
+class _Desk:
+    """Room for what arrives and for the page that it is put together on, used again and again: thousands of new
+    tensors leave holes in the process's memory, up to its share of the weights once more."""
+
+    def __init__(self, device: str) -> None:
+        self._inbox, self._page = (torch.empty(BLOCK, dtype=torch.uint8, device=device) for _ in range(2))
+
+    def inbox(self, ranks: int, nbytes: int) -> Tensor:
+        """bytes[ranks, nbytes]"""
+        return self._room(self._inbox, ranks * nbytes).view(ranks, nbytes)
+
+    def page(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return self._room(self._page, torch.Size(shape).numel() * dtype.itemsize).view(dtype).view(shape)
+
+    def _room(self, buffer: Tensor, nbytes: int) -> Tensor:
+        # More, if one row of all ranks is.
+        return buffer[:nbytes] if nbytes <= len(buffer) else buffer.new_empty(nbytes)
 
 
 def _rows(cut: Cut, first: int, x: Tensor) -> Iterator[tuple[int, Tensor]]:

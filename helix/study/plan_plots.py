@@ -58,11 +58,12 @@ def winning_chart(plan: Plan, cells: Sequence[Cell]) -> Figure:
     shades, norm = colormaps[MAP], Normalize(0.5, 1.1, clip=True)
     for one in cells:
         place = devices.index(one.devices), batches.index(one.batch)
-        said, face = "", "white"
-        if one.sliced is not None:
-            said = "only" if one.ratio is None else f"{one.ratio:.2f}"
-            face = "0.92" if one.ratio is None else shades(norm(one.ratio))
-        axes.add_patch(Rectangle((place[0] - 0.5, place[1] - 0.5), 1, 1, facecolor=face, edgecolor="white"))
+        corner = (place[0] - 0.5, place[1] - 0.5)
+        said = "" if one.sliced is None else "only" if one.ratio is None else f"{one.ratio:.2f}"
+        if one.ratio is not None:
+            axes.add_patch(Rectangle(corner, 1, 1, facecolor=shades(norm(one.ratio)), edgecolor="white"))
+        elif said:
+            axes.add_patch(Rectangle(corner, 1, 1, facecolor="0.92", edgecolor="white"))
         dark = one.ratio is not None and norm(one.ratio) < 0.45
         weight = "bold" if one.ratio is not None and one.ratio > 1 else "normal"
         axes.text(
