@@ -165,9 +165,7 @@ def _parser() -> argparse.ArgumentParser:
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         )
     )
-    plan_command.add_options(
-        commands.add_parser("plan", help="choose a layout for a model and a machine, with its cost and why")
-    )
+    plan_command.add_options(commands.add_parser("plan", help="choose a layout for a machine, with its cost and why"))
     _add_checkpoint(commands.add_parser("checkpoint", help="whole weights to and from one safetensors file"))
     converted = commands.add_parser("gguf", help="make a GGUF file a Hugging Face folder, which model.path= takes")
     converted.add_argument("file", type=Path, help="of llama.cpp, quantized or not", metavar="FILE.gguf")

@@ -15,6 +15,7 @@ from helix.config.memory import stored_parameters
 from helix.config.schema import ConfigError, ModelConfig, ParallelConfig, to_shape
 from helix.partition import rivals, wire
 from helix.partition.decoding import GenerationCost
+from helix.partition.options import AttentionOptions
 from helix.partition.phases import Phases
 from helix.partition.shape import TransformerShape
 from helix.partition.transformer_cost import TransformerCost
@@ -247,6 +248,23 @@ def test_a_figure_of_nothing_is_missing_too() -> None:
 )
 def test_known_models_have_their_parameters(name: str, billions: float) -> None:
     assert to_shape(catalogue.model(name)).parameters() / 1e9 == pytest.approx(billions, rel=2e-3)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+def test_what_training_keeps_is_near_what_korthikanti_et_al_count(ranks: int) -> None:
+    """Per layer and token 10 + 24 / t bytes of width, 34 / t with sequence parallelism, but for attention's scores.
+
+    Source: Korthikanti et al. (2022), equations 2 and 4 and table 2, in FP16.
+    """
+    shape = TransformerShape(1, 1024, 16, 16, 64, 4096, vocab=1, rope=False)
+
+    def kept(residual: str, regather: bool) -> float:
+        cost = TransformerCost(shape, Grid(1, ranks), AttentionOptions(residual=residual), 8, 128, 2)
+        return cost.saved_bytes(regather) / (8 * 128 * 1024)
+
+    assert 1.0 <= kept("replicated", False) / (10 + 24 / ranks) <= 1.2
+    assert 1.0 <= kept("sharded", True) / (34 / ranks) <= 1.1
+    assert kept("sharded", True) <= kept("sharded", False) <= kept("replicated", False)
 
 
 def test_sharers_of_a_key_value_head_hold_its_cache_once() -> None:

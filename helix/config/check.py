@@ -24,6 +24,7 @@ from helix.config.schema import (
     ModelConfig,
     ParallelConfig,
     WorkloadConfig,
+    check_built,
     expert_ranks,
     to_grid,
     to_shape,
@@ -175,24 +176,10 @@ def check_model(model: ModelConfig, parallel: ParallelConfig) -> None:
                 )
     elif model.experts == 0:
         raise ConfigError("model.kind=moe needs model.experts of at least 1, not 0; take model=dense for an MLP")
-    _check_built(model)
+    check_built(model)
     check_routing(to_shape(model))
     if model.ep_size is not None:
         check_expert_parallel(model.experts, model.ep_size, expert_ranks(parallel))
-
-
-def _check_built(model: ModelConfig) -> None:
-    """Check that Helix's own transformer has what the model has; others can be planned with."""
-    for name, neutral, what in (
-        ("gated", "false", "gated MLPs"),
-        ("tied", "false", "a head tied to its embedding"),
-        ("shared_hidden", "0", "an MLP beside its experts"),
-    ):
-        if getattr(model, name):
-            raise ConfigError(
-                f"model={model.name} has {what}, which Helix's own transformer lacks: it can be planned "
-                f"(python -m helix plan), not run; take model=dense or model=moe, or model.{name}={neutral}"
-            )
 
 
 def check_workload(workload: WorkloadConfig, parallel: ParallelConfig) -> None:

@@ -262,6 +262,26 @@ def to_shape(model: ModelConfig) -> TransformerShape:
     )
 
 
+def check_built(model: ModelConfig) -> None:
+    """Check that Helix's own transformer has what the model has; others can be planned with.
+
+    Raises:
+        ConfigError: if it lacks something.
+    """
+    lacks = {
+        "gated": "gated MLPs",
+        "tied": "a head tied to its embedding",
+        "shared_hidden": "an MLP beside its experts",
+    }
+    for name, what in lacks.items():
+        if getattr(model, name):
+            neutral = "0" if name == "shared_hidden" else "false"
+            raise ConfigError(
+                f"model={model.name} has {what}, which Helix's own transformer lacks: it can be planned "
+                f"(python -m helix plan), not run; take model=dense or model=moe, or model.{name}={neutral}"
+            )
+
+
 def expert_parallel(model: ModelConfig, parallel: ParallelConfig) -> int:
     """Ranks that the experts of one replica are spread over; 1 for a dense model."""
     if model.kind == "dense":
