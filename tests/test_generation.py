@@ -13,7 +13,7 @@ from rich.console import Console
 from texts import tokenizer
 
 from helix.command.prompt import quote_prompts
-from helix.config.generation import batch_sizes
+from helix.config.generation import batch_sizes, stop_texts
 from helix.config.schema import ConfigError, GenerateConfig
 from helix.generation.answers import Answer
 from helix.generation.contenders import Contender
@@ -90,6 +90,10 @@ def test_a_stop_text_ends_the_answer_and_is_no_part_of_it() -> None:
     assert answer.count == len("one ST two STOP")
     assert settled[len("one ST") - 1] == "one "  # it may become one
     assert settled[len("one ST ") - 1] == "one ST "
+
+
+def test_a_stop_text_may_be_a_new_line() -> None:
+    assert stop_texts(GenerateConfig(stop=["\\n\\t", "x"])) == ("\n\t", "x")
 
 
 def test_the_end_token_ends_it_and_padding_follows() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -99,6 +101,10 @@ def test_what_is_larger_than_a_slot_goes_over_gloo() -> None:
     assert on_ranks(2, at_the_limit) == [[True, False, False]] * 2
 
 
+def fail(name: str) -> int:
+    raise OSError(24, "Too many open files")
+
+
 def without(how: str) -> bool:
     axis = Mesh(Grid(2, 1)).slice
     if how == "switched off":
@@ -107,13 +113,15 @@ def without(how: str) -> bool:
         shared_memory._kernel = lambda: "elsewhere"
     elif how == "hidden" and axis.rank == 1:
         shared_memory._open = lambda path, size: None
+    elif how == "no descriptors" and axis.rank == 0:
+        os.memfd_create = fail
     elif how == "other backend":
         axis = replace(axis, exchanges=False)
     check_all(axis, 1, 4)
     return moved_here(axis)
 
 
-@pytest.mark.parametrize("how", ["switched off", "another host", "hidden", "other backend"])
+@pytest.mark.parametrize("how", ["switched off", "another host", "hidden", "no descriptors", "other backend"])
 def test_gloo_does_it_where_memory_is_not_shared(how: str) -> None:
     assert on_ranks(2, without, how) == [False, False]
 
@@ -147,3 +155,61 @@ def test_a_killed_rank_ends_the_launch_at_once() -> None:
     with pytest.raises(RankError, match="rank 1 was killed"):
         on_ranks(3, dying, timeout_s=60)
     assert time.monotonic() - began < 15
+
+
+def disagreeing(shape: tuple[int, ...], dtype: torch.dtype) -> str:
+    axis = Mesh(Grid(3, 1)).slice
+    transport.all_reduce(torch.ones(4), axis, "test")
+    x = torch.ones(shape, dtype=dtype) if axis.rank == 1 else torch.ones(4)
+    with pytest.raises(RuntimeError) as caught:
+        transport.all_reduce(x, axis, "test")
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(("shape", "dtype"), [((3,), torch.float32), ((2, 2), torch.float32), ((2,), torch.float64)])
+def test_ranks_that_disagree_are_told_who(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    said = on_ranks(3, disagreeing, shape, dtype)
+    assert all(each.startswith("rank 1 of the slice axis came to exchange 2 with another tensor") for each in said)
+    assert f"rank 1 has {list(shape)} of {dtype}" in said[1]
+
+
+def around_the_counter() -> None:
+    axis = Mesh(Grid(3, 1)).slice
+    transport.all_reduce(torch.ones(1), axis, "test")
+    slots = slots_for(torch.ones(1), axis)
+    assert slots is not None
+    for limit in (2**31, 2**32):
+        dist.barrier()  # all have left the exchange before
+        slots._exchanges = limit - 5
+        for line in range(4):
+            slots._words[line * 16] = limit - 5
+        dist.barrier()
+        check_all(axis, 2, 3)
+
+
+def test_counts_of_exchanges_begin_anew() -> None:
+    on_ranks(3, around_the_counter)
+
+
+def freed() -> bool:
+    group = dist.new_group([0, 1])
+    axis = Axis("pair", 2, dist.get_rank(), group, exchanges=True)
+    transport.all_reduce(torch.ones(1), axis, "test")
+    assert moved_here(axis)
+    dist.destroy_process_group(group)
+    seen = weakref.ref(group)
+    del group, axis
+    gc.collect()
+    return seen() is None
+
+
+def test_a_group_is_freed_with_its_memory() -> None:
+    assert on_ranks(2, freed) == [True, True]
+
+
+def integers_stay() -> torch.dtype:
+    return transport.all_reduce(torch.ones(3, dtype=torch.int32), Mesh(Grid(2, 1)).slice, "test").dtype
+
+
+def test_a_sum_of_integers_has_their_dtype() -> None:
+    assert on_ranks(2, integers_stay) == [torch.int32] * 2

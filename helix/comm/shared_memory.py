@@ -21,6 +21,8 @@ import os
 import platform
 import sys
 import time
+import zlib
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -32,13 +34,28 @@ from helix.comm.mesh import Axis
 # Up to here the meeting is what costs; beyond it the bytes do, which gloo moves as well.
 SLOT_BYTES = 65536
 SWITCH = "HELIX_SHARED_MEMORY"  # 0 in the environment leaves everything to gloo
-_LINE = 64  # a counter to a cache line
+_LINE = 64  # bytes, a cache line: each rank's count of exchanges and a word beside it, and those of the meeting's end
+_FORMS = 1000
 _SYS_FUTEX, _WAIT, _WAKE, _ALL = 202, 0, 1, 2**31 - 1
 _POLL_S = 1  # a sleeper looks at the clock this often
 
 
 class _Timespec(ctypes.Structure):
     _fields_ = (("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long))
+
+
+class _Form(NamedTuple):
+    """What one kind of tensor needs of the slots.
+
+    Args:
+        mark: which tensors of another shape or dtype do not have.
+        whole: in each of the two sets of slots, [P, ..] of all ranks.
+        own: this rank's of them.
+    """
+
+    mark: int
+    whole: tuple[Tensor, Tensor]
+    own: tuple[Tensor, Tensor]
 
 
 class Slots:
@@ -51,53 +68,91 @@ class Slots:
     """
 
     def __init__(self, memory: mmap.mmap, axis: Axis, timeout_s: float) -> None:
-        self._axis, self._timeout_s, self._exchanges = axis, timeout_s, 0
-        self._counters = (ctypes.c_int * ((axis.size + 1) * _LINE // 4)).from_buffer(memory)
-        self._address = ctypes.addressof(self._counters)
+        # Not the axis itself: it has the group, which could then never be freed (see `_shared`).
+        self._name, self._rank, self._size, self._timeout_s = axis.name, axis.rank, axis.size, timeout_s
+        self._exchanges = 0
+        self._words = (ctypes.c_int * ((axis.size + 1) * _LINE // 4)).from_buffer(memory)
+        self._address = ctypes.addressof(self._words)
         self._futex = ctypes.CDLL(None, use_errno=True).syscall
-        whole = torch.frombuffer(memory, dtype=torch.uint8)
-        self._slots = whole[(axis.size + 1) * _LINE :].view(2, axis.size, SLOT_BYTES)
+        self._slots = torch.frombuffer(memory, dtype=torch.uint8)[(axis.size + 1) * _LINE :].view(
+            2, axis.size, SLOT_BYTES
+        )
+        self._forms: dict[tuple[torch.Size, torch.dtype], _Form] = {}
 
     def exchange(self, x: Tensor) -> Tensor:
-        """x[..] of this rank -> [P, ..] of all, as a view that holds until the next exchange but one."""
+        """x[..] of this rank -> [P, ..] of all, as a view that holds until the next exchange but one.
+
+        Raises:
+            RuntimeError: on every rank, if one has come with a tensor of another shape or dtype; or if one does not
+                come in time.
+        """
         self._exchanges += 1
-        slots = self._slots[self._exchanges % 2, :, : x.nbytes].view(x.dtype).view(-1, *x.shape)
-        slots[self._axis.rank] = x
-        self._meet()
-        return slots
+        form, turn = self._form(x), self._exchanges % 2
+        form.own[turn].copy_(x.detach())
+        differs = self._meet(form.mark)
+        if differs:
+            raise RuntimeError(
+                f"rank {differs} of the {self._name} axis came to exchange {self._exchanges} with another tensor than "
+                f"rank 0; rank {self._rank} has {list(x.shape)} of {x.dtype}"
+            )
+        return form.whole[turn]
 
-    def _meet(self) -> None:
-        count, ranks = self._exchanges, self._axis.size
-        if self._axis.rank == 0:
-            for other in range(1, ranks):
-                self._await(other, count)
-            self._tell(ranks, count)
-        else:
-            self._tell(self._axis.rank, count)
-            self._await(ranks, count)
+    def _form(self, x: Tensor) -> _Form:
+        key = x.shape, x.dtype
+        form = self._forms.get(key)
+        if form is None:
+            if len(self._forms) == _FORMS:  # of prompts of all lengths, say
+                self._forms.clear()
+            used = self._slots[:, :, : x.nbytes].view(x.dtype)
+            first, second = (turn.view(self._size, *x.shape) for turn in used.unbind())
+            mark = zlib.crc32(repr((*x.shape, str(x.dtype))).encode())
+            own = first[self._rank], second[self._rank]
+            form = self._forms[key] = _Form(mark, (first, second), own)
+        return form
 
-    def _tell(self, counter: int, count: int) -> None:
-        self._counters[counter * _LINE // 4] = count
-        address = ctypes.c_void_p(self._address + counter * _LINE)
+    def _meet(self, mark: int) -> int:
+        """Wait until all are here; returns a rank whose mark is not rank 0's, or 0."""
+        count, end = self._exchanges, self._size
+        if self._rank:
+            self._tell(self._rank, count, mark)
+            self._await(end, count)
+            return self._said(end)
+        differs = 0
+        for other in range(1, self._size):
+            self._await(other, count)
+            if self._said(other) != ctypes.c_int(mark).value:
+                differs = other
+        self._tell(end, count, differs)
+        return differs
+
+    def _said(self, line: int) -> int:
+        return self._words[line * _LINE // 4 + 1]
+
+    def _tell(self, line: int, count: int, word: int) -> None:
+        """Leave a word in a line, and wake whoever waits there for this exchange."""
+        self._words[line * _LINE // 4 + 1] = word
+        self._words[line * _LINE // 4] = count  # the lower 32 bits
+        address = ctypes.c_void_p(self._address + line * _LINE)
         self._futex(_SYS_FUTEX, address, _WAKE, ctypes.c_int(_ALL), None, None, 0)
 
-    def _await(self, counter: int, count: int) -> None:
+    def _await(self, line: int, count: int) -> None:
         began = None
-        address = ctypes.c_void_p(self._address + counter * _LINE)
-        while (seen := self._counters[counter * _LINE // 4]) < count:
+        address = ctypes.c_void_p(self._address + line * _LINE)
+        # Counts are compared on a circle: they begin anew after 2**32 exchanges.
+        while ctypes.c_int((seen := self._words[line * _LINE // 4]) - count).value < 0:
             if began is None:
                 began = time.monotonic()
             elif time.monotonic() - began > self._timeout_s:
-                who = f"rank {counter}" if counter < self._axis.size else "rank 0, or one that it waits for,"
+                who = f"rank {line}" if line < self._size else "rank 0, or one that it waits for,"
                 raise RuntimeError(
-                    f"{who} of the {self._axis.name} axis has not come to exchange {count} within "
-                    f"{self._timeout_s:.0f} s; rank {self._axis.rank} is there"
+                    f"{who} of the {self._name} axis has not come to exchange {count} within "
+                    f"{self._timeout_s:.0f} s; rank {self._rank} is there"
                 )
             self._futex(_SYS_FUTEX, address, _WAIT, ctypes.c_int(seen), ctypes.byref(_Timespec(_POLL_S, 0)), None, 0)
 
 
 def size_of(ranks: int) -> int:
-    """Bytes of a mapping: a counter for each rank and one for the meeting's end, and two slots for each rank."""
+    """Bytes of a mapping: a line for each rank and one for the meeting's end, and two slots for each rank."""
     return (ranks + 1) * _LINE + 2 * ranks * SLOT_BYTES
 
 
@@ -125,21 +180,17 @@ def _share(axis: Axis, group: dist.ProcessGroup) -> Slots | None:
     if not kernels[0] or len(set(kernels)) > 1:
         return None
     size = size_of(axis.size)
-    descriptor, path = -1, [""]
-    if axis.rank == 0:
-        # Memory without a name: it goes with the last rank that has it, however that one ends.
-        descriptor = os.memfd_create("helix-exchange")
-        os.truncate(descriptor, size)
-        path = [f"/proc/{os.getpid()}/fd/{descriptor}"]
+    descriptor = _make(size) if axis.rank == 0 else None
+    path = ["" if descriptor is None else f"/proc/{os.getpid()}/fd/{descriptor}"]
     dist.broadcast_object_list(path, group=group, group_src=0)
     memory = _open(path[0], size)
     everyone: list[bool] = [False] * axis.size
     dist.all_gather_object(everyone, memory is not None, group=group)
-    if descriptor >= 0:
+    if descriptor is not None:
         os.close(descriptor)
     if memory is None or not all(everyone):
         return None
-    return Slots(memory, axis, _timeout_s())
+    return Slots(memory, axis, _timeout_s(group))
 
 
 def _kernel() -> str:
@@ -151,6 +202,20 @@ def _kernel() -> str:
             return file.read() + os.readlink("/proc/self/ns/pid")
     except OSError:
         return ""
+
+
+def _make(size: int) -> int | None:
+    """Memory without a name: it goes with the last rank that has it, however that one ends."""
+    try:
+        descriptor = os.memfd_create("helix-exchange")
+    except OSError:  # no descriptors left, or forbidden
+        return None
+    try:
+        os.truncate(descriptor, size)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 def _open(path: str, size: int) -> mmap.mmap | None:
@@ -166,8 +231,8 @@ def _open(path: str, size: int) -> mmap.mmap | None:
         os.close(descriptor)
 
 
-def _timeout_s() -> float:
+def _timeout_s(group: dist.ProcessGroup) -> float:
     """Of the launch's own collectives, so that both ways of moving give up after the same time."""
     whole = dist.group.WORLD
-    assert whole is not None
-    return float(whole._get_backend(torch.device("cpu")).options._timeout.total_seconds())
+    asked = whole if whole is not None and dist.get_backend() == "gloo" else group
+    return float(asked._get_backend(torch.device("cpu")).options._timeout.total_seconds())

@@ -94,7 +94,7 @@ def _all_gather(shard: Tensor, axis: Axis) -> Tensor:
 
 def _reduce_scatter(whole: Tensor, axis: Axis) -> Tensor:
     if axis.exchanges:
-        return _even_exchange(whole.unflatten(0, (axis.size, -1)), axis).sum(0)
+        return _even_exchange(whole.unflatten(0, (axis.size, -1)), axis).sum(0, dtype=whole.dtype)
     out = whole.new_empty((whole.shape[0] // axis.size, *whole.shape[1:]))
     _reduce_scatter_into(out, whole, group=axis.group)
     return out
@@ -106,7 +106,7 @@ def _all_reduce(partial: Tensor, axis: Axis) -> Tensor:
         dist.all_reduce(out, group=axis.group)
         return out
     if slots := slots_for(partial, axis):
-        return slots.exchange(partial).sum(0)
+        return slots.exchange(partial).sum(0, dtype=partial.dtype)
     flat = partial.reshape(-1)
     padding = -flat.numel() % axis.size
     if padding:

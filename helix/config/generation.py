@@ -31,13 +31,13 @@ _NAMED = "helix_4x3, helix_4x3_rows, helix_4x3_decode_heads, single, hf_tp3"
 
 
 def check_generation(settings: InferConfig) -> None:
-    """Check a configuration that generates text. Prompts become a list.
+    """Check a configuration that generates text.
 
     Raises:
         ConfigError, PartitionError: one sentence with the legal choices.
     """
     check_values(settings)
-    settings.prompt = prompts = check_prompts(settings.prompt, settings.model)
+    prompts = prompts_of(settings)
     check_sampling(settings.generate)
     check_answers(settings.workload)
     if settings.ckpt is not None:
@@ -54,15 +54,16 @@ def check_generation(settings: InferConfig) -> None:
     check_logger(settings.logger)
     local_ranks = check_started(settings.parallel.ranks)
     device = check_device(settings.device, local_ranks)
-    check_generation_memory(settings, known_shape(settings.model), local_ranks, device)
+    check_generation_memory(settings, prompts, known_shape(settings.model), local_ranks, device)
 
 
-def check_prompts(prompt: object, model: ModelConfig) -> list[str]:
+def prompts_of(settings: InferConfig) -> list[str]:
     """The prompts as a list.
 
     Raises:
         ConfigError: if there is none, or one is no text.
     """
+    prompt, model = settings.prompt, settings.model
     form = "prompt= takes a text, or a list of them: prompt=\"['first','second']\""
     if prompt is None:
         raise ConfigError(f'model={model.name} goes on from a text; give prompt="The capital of France is"')
@@ -79,7 +80,7 @@ def check_prompts(prompt: object, model: ModelConfig) -> list[str]:
 
 
 def check_sampling(generate: GenerateConfig) -> None:
-    """Check that what is set of the sampling goes together; escapes in stop texts are resolved."""
+    """Check that what is set of the sampling goes together."""
     if generate.temperature == 0:
         for name in ("top_k", "top_p"):
             value = getattr(generate, name)
@@ -88,9 +89,13 @@ def check_sampling(generate: GenerateConfig) -> None:
                     f"generate.{name}={value} is about drawing tokens, and generate.temperature=0 draws none; set "
                     f"generate.temperature above 0, such as 0.8, or leave out generate.{name}"
                 )
-    generate.stop = [text.replace("\\n", "\n").replace("\\t", "\t") for text in generate.stop]
     if "" in generate.stop:
         raise ConfigError("generate.stop has an empty text, which would end every answer; give texts, or [] for none")
+
+
+def stop_texts(generate: GenerateConfig) -> tuple[str, ...]:
+    """What ends an answer; a command line has no other way to write a new line or a tab."""
+    return tuple(text.replace("\\n", "\n").replace("\\t", "\t") for text in generate.stop)
 
 
 def check_answers(work: WorkloadConfig) -> None:

@@ -126,15 +126,17 @@ def _gb(size: float) -> str:
     return f"{size / 1e9:.1f}"
 
 
-def check_generation_memory(settings: InferConfig, shape: PretrainedShape, local_ranks: int, device: str) -> None:
+def check_generation_memory(
+    settings: InferConfig, prompts: list[str], shape: PretrainedShape, local_ranks: int, device: str
+) -> None:
     """Check that this host, and each of its GPUs, can hold the weights and the cache of a generation.
 
     Raises:
         Misfit: with the memory needed and the memory there is.
     """
     itemsize, share = ITEMSIZE[settings.precision], local_ranks / settings.parallel.ranks
-    batch = min(len(settings.prompt), settings.workload.batch_size)
-    longest = max(len(prompt.encode()) for prompt in settings.prompt)  # at least a byte a token
+    batch = min(len(prompts), settings.workload.batch_size)
+    longest = max(len(prompt.encode()) for prompt in prompts)  # at least a byte a token
     tokens = min(shape.context, longest + settings.generate.max_new_tokens)
     whole = GenerationCost(shape, Grid(1, 1), Phases("batch", "batch"), batch, itemsize)
     methods = 1 + len(baselines_of(settings))

@@ -9,7 +9,7 @@ from pathlib import Path
 from helix.checkpoint.asked import check_inference
 from helix.checkpoint.content import CheckpointError
 from helix.config.folder import refuse_length
-from helix.config.generation import check_shape
+from helix.config.generation import check_shape, prompts_of
 from helix.config.schema import PACKAGE, PRETRAINED, ConfigError, GenerateConfig, InferConfig
 from helix.partition.families import PretrainedShape, describe
 from helix.pretrained import smollm2
@@ -35,7 +35,7 @@ def check(settings: InferConfig) -> None:
     except CheckpointError as error:
         raise ConfigError(str(error)) from None
     check_shape(settings.model, shape)
-    check_tokenizer(folder, settings.prompt, settings.generate, shape)
+    check_tokenizer(folder, prompts_of(settings), settings.generate, shape)
 
 
 def folder_of(settings: InferConfig) -> Path:

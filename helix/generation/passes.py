@@ -35,6 +35,7 @@ class Task:
         tokenizer: see `helix.generation.tokens.read_tokenizer`.
         ends: tokens that end an answer.
         pad: the token that fills up.
+        stop: texts that end an answer, too.
         seed: of the tokens that are drawn.
         device: this rank's.
     """
@@ -44,6 +45,7 @@ class Task:
     tokenizer: Any
     ends: frozenset[int]
     pad: int
+    stop: tuple[str, ...]
     seed: int
     device: torch.device
 
@@ -87,7 +89,7 @@ class Recorded:
 @torch.inference_mode()
 def answer(task: Task, contender: Contender, which: range, view: View | None = None) -> Heard:
     """Have one batch answered. All ranks call it."""
-    answers = [Answer(task.tokenizer, task.prompts.ids[i], task.ends, task.generate.stop) for i in which]
+    answers = [Answer(task.tokenizer, task.prompts.ids[i], task.ends, task.stop) for i in which]
     if view is not None:
         view.begin([task.prompts.texts[index] for index in which])
     dist.barrier()

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from helix.comm.launch import launch
 from helix.config.environment import local_ranks, resolve_device, speaks
 from helix.config.folder import shape_of
-from helix.config.generation import check_shape
+from helix.config.generation import check_shape, prompts_of, stop_texts
 from helix.config.methods import baselines_of, to_name
 from helix.config.schema import ITEMSIZE, InferConfig, digest
 from helix.generation.asked import folder_of
@@ -91,7 +91,7 @@ def read(settings: InferConfig) -> Given:
     tokenizer = read_tokenizer(folder)
     generate, work = settings.generate, settings.workload
     prompts = encode(
-        tokenizer, settings.prompt, generate.chat, work.batch_size, generate.max_new_tokens, shape.context
+        tokenizer, prompts_of(settings), generate.chat, work.batch_size, generate.max_new_tokens, shape.context
     )
     own = GenerationConfig.from_pretrained(folder) if (folder / "generation_config.json").is_file() else None
     model = Model(shape, prompts, ITEMSIZE[settings.precision])
@@ -132,7 +132,8 @@ def _measure(
     own = torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else torch.device("cpu")
     source = Source(given.folder, DTYPES[settings.precision], own)
     pad = padding(given.tokenizer, given.ends)
-    task = Task(given.prompts, settings.generate, given.tokenizer, given.ends, pad, settings.seed, own)
+    stop = stop_texts(settings.generate)
+    task = Task(given.prompts, settings.generate, given.tokenizer, given.ends, pad, stop, settings.seed, own)
     layouts = {to_name(each): each for each in (settings.parallel, *baselines_of(settings))}
     found, refusals, running = measure(Protocol(layouts, settings.workload), source, task, tracker)
     accuracies = _verify(task, source, found, running) if settings.generate.verify else {}
