@@ -147,7 +147,7 @@ def test_a_killed_rank_ends_it(tmp_path: Path, folder: Path) -> None:
 def test_smollm2_on_twelve_ranks(tmp_path: Path) -> None:
     """Nine heads and three KV heads on twelve ranks: the tokens of one process."""
     prompts = "prompt=['The capital of France is','def f(x):']"
-    words = ["model=smollm2", prompts, "generate.max_new_tokens=4", "workload.runs=2", "workload.warmup=0"]
+    words = ["model=smollm2", prompts, "generate.max_new_tokens=4", "workload.runs=2"]
     process = Command("infer.py", f"hydra.run.dir={tmp_path}", *words, "logger=none")
     out, err = process.communicate(timeout=110)
     assert process.returncode == 0, err

@@ -137,16 +137,18 @@ class Slots:
 
     def _await(self, line: int, count: int) -> None:
         began = None
+        # Rank 0 gives up first, since it knows who is missing.
+        limit_s = self._timeout_s + (2 * _POLL_S if line == self._size else 0)
         address = ctypes.c_void_p(self._address + line * _LINE)
         # Counts are compared on a circle: they begin anew after 2**32 exchanges.
         while ctypes.c_int((seen := self._words[line * _LINE // 4]) - count).value < 0:
             if began is None:
                 began = time.monotonic()
-            elif time.monotonic() - began > self._timeout_s:
-                who = f"rank {line}" if line < self._size else "rank 0, or one that it waits for,"
+            elif time.monotonic() - began > limit_s:
+                who = f"rank {line}" if line < self._size else "rank 0"
                 raise RuntimeError(
-                    f"{who} of the {self._name} axis has not come to exchange {count} within "
-                    f"{self._timeout_s:.0f} s; rank {self._rank} is there"
+                    f"{who} of the {self._name} axis has not come to exchange {count} within {limit_s:.0f} s; "
+                    f"rank {self._rank} is there"
                 )
             self._futex(_SYS_FUTEX, address, _WAIT, ctypes.c_int(seen), ctypes.byref(_Timespec(_POLL_S, 0)), None, 0)
 

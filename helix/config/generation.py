@@ -105,6 +105,11 @@ def check_answers(work: WorkloadConfig) -> None:
             f"workload.seq_len={work.seq_len} is of the benchmark; a prompt has its own length, and "
             "generate.max_new_tokens says how much follows: leave it out, or take workload=generation"
         )
+    if work.warmup < 1:
+        raise ConfigError(
+            "workload.warmup must be at least 1 to generate text, not 0; the first answer is the one that is shown, "
+            "whose memory is measured, and that tells which methods can run"
+        )
     if work.text is not None:
         raise ConfigError("workload.text is of the benchmark; with a pretrained model prompt= is the text")
 

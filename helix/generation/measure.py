@@ -18,7 +18,7 @@ from torch import Tensor
 from helix.checkpoint.content import CheckpointError
 from helix.config.schema import ParallelConfig, WorkloadConfig
 from helix.generation.contenders import Contender, Source, contender
-from helix.generation.errors import Diverged
+from helix.generation.errors import CannotRun, Diverged
 from helix.generation.passes import Heard, Moment, Task, answer, answer_recorded, check_agreement
 from helix.generation.views import View, make_printable, view_for
 from helix.partition.grid import PartitionError
@@ -92,33 +92,33 @@ def measure(
             running[name] = together(partial(contender, source, layout))
             found[name] = Found(socket.gethostname(), running[name].weight_bytes(), running[name].idle_ranks)
             for _ in range(protocol.work.warmup):
-                together(partial(_warm_up, task, running[name], found[name], view))
+                _warm_up(task, running[name], found[name], view)
                 view = None  # only the first answers of the main method are shown
         except Refused as refused:
             if number == 0:
                 if isinstance(refused.__cause__, (PartitionError, CheckpointError, Diverged)):
                     raise refused.__cause__ from None
-                raise RuntimeError(f"{name} cannot run: {refused}") from refused.__cause__
+                raise CannotRun(f"{name} cannot run: {refused}") from refused.__cause__
             for each in (running, found):
                 each.pop(name, None)
             refusals[name] = str(refused)
             gc.collect()
-    _take_turns(protocol, task, running, found, tracker, view)
+    _take_turns(protocol, task, running, found, tracker)
     return found, refusals, running
 
 
 def _warm_up(task: Task, each: Contender, found: Found, view: View | None) -> None:
+    """Answer everything once; what fails on one rank fails on all, before any has gone on to the next collective.
+
+    Raises:
+        Refused: on every rank.
+    """
     memory = PeakMemory(task.device)
-    heard = _answer_all(task, each, view)
+    heard = [together(partial(answer, task, each, which, view)) for which in task.prompts.batches]
+    together(partial(check_agreement, heard, each))
     found.growth_bytes = max(found.growth_bytes, memory.growth())
     found.cache_bytes = max(one.cache_bytes for one in heard)
     found.keep_answers(heard)
-
-
-def _answer_all(task: Task, each: Contender, view: View | None = None) -> list[Heard]:
-    heard = [answer(task, each, which, view) for which in task.prompts.batches]
-    check_agreement(heard, each)
-    return heard
 
 
 def _take_turns(
@@ -127,7 +127,6 @@ def _take_turns(
     running: dict[str, Contender],
     found: dict[str, Found],
     tracker: Tracker,
-    view: View | None,
 ) -> None:
     work = protocol.work
     turns = list(take_turns(list(running), 0, work.iterations, work.runs))
@@ -143,8 +142,8 @@ def _take_turns(
                 own.moments.append(recorded.moments)
                 own.logits = recorded.logits if dist.get_rank() == 0 else None
             else:
-                heard = _answer_all(task, each, view)
-                view = None
+                heard = [answer(task, each, which) for which in task.prompts.batches]
+                check_agreement(heard, each)
                 own.cache_bytes = max(own.cache_bytes, *(one.cache_bytes for one in heard))
                 own.keep_answers(heard)
                 if len(own.timed) <= turn.run:

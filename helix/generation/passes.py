@@ -125,7 +125,8 @@ def _generate(
     model = contender.model
     if model is None:
         return time.monotonic(), None
-    torch.manual_seed(task.seed)  # the same on all ranks, which then draw the same tokens
+    # The same on all ranks, which then draw the same tokens; in each batch others, even for the same prompt.
+    torch.manual_seed(task.seed + which.start)
     batch = task.prompts.tensors(which, task.pad, task.device)
     most = min(task.generate.max_new_tokens, limit or task.generate.max_new_tokens)
     options = chosen(task.generate, model, ends, task.pad, most)

@@ -25,7 +25,7 @@ from helix.generation.contenders import Contender, Source
 from helix.generation.measure import Found, Protocol, measure
 from helix.generation.passes import Task
 from helix.generation.results import Model, label, measurement, rival
-from helix.generation.sampling import ends_of, padding
+from helix.generation.sampling import ending_texts, ends_of, padding
 from helix.generation.table import show
 from helix.generation.tokens import Prompts, encode, read_tokenizer
 from helix.generation.verify import compare, expected
@@ -44,6 +44,9 @@ from helix.study.report import (
     write,
 )
 from helix.study.tracking import Tracker, track, tracked_at
+
+# The others wait in a collective while rank 0 answers everything alone; that a rank was killed the launcher sees.
+_TIMEOUT_S = 24 * 3600.0
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ def run(settings: InferConfig, run_dir: Path) -> None:
     given = read(settings)
     device = resolve_device(settings.device, local_ranks(settings.parallel.ranks))
     arguments = settings, given, run_dir, device, began, time.time()
-    reports = launch(_rank, *arguments, ranks=settings.parallel.ranks, device=device)
+    reports = launch(_rank, *arguments, ranks=settings.parallel.ranks, device=device, timeout_s=_TIMEOUT_S)
     if reports[0] is not None and speaks():
         make_printable()
         show(reports[0])
@@ -95,7 +98,8 @@ def read(settings: InferConfig) -> Given:
     )
     own = GenerationConfig.from_pretrained(folder) if (folder / "generation_config.json").is_file() else None
     model = Model(shape, prompts, ITEMSIZE[settings.precision])
-    return Given(folder, model, prompts, tokenizer, ends_of(config, own, tokenizer))
+    ends = ends_of(config, own, tokenizer) | ending_texts(tokenizer, stop_texts(generate))
+    return Given(folder, model, prompts, tokenizer, ends)
 
 
 def _be_quiet() -> None:

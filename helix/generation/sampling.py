@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import GenerationConfig, PreTrainedModel
@@ -19,6 +20,12 @@ def ends_of(model_config: Any, generation_config: Any, tokenizer: Any) -> frozen
         if found is not None:
             return frozenset(found if isinstance(found, list | tuple) else [found])
     return frozenset()
+
+
+def ending_texts(tokenizer: Any, stop: Sequence[str]) -> frozenset[int]:
+    """The tokens of stop texts that are special tokens, which are never in an answer's text."""
+    special = {each.content: number for number, each in tokenizer.added_tokens_decoder.items() if each.special}
+    return frozenset(special[text] for text in stop if text in special)
 
 
 def padding(tokenizer: Any, ends: frozenset[int]) -> int:
@@ -48,6 +55,7 @@ def chosen(
         max_new_tokens=limit or generate.max_new_tokens,
         num_beams=1,
         use_cache=True,
+        cache_implementation="dynamic",  # a cache that grows is the one that can be cut; a folder may ask for others
         return_dict_in_generate=True,
         pad_token_id=pad,
         eos_token_id=sorted(ends) or [_NEVER],

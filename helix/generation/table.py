@@ -9,11 +9,12 @@ from rich.text import Text
 from helix.study.report import NOT_VERIFIED, Accuracy, Measurement, Refusal, Report, Rival, Traffic
 from helix.study.statistics import Paired, Summary
 from helix.study.table import columns, figure, mark, size, summaries, tracked_line
+from helix.study.terminal import Terminal
 
 
 def show(report: Report, console: Console | None = None) -> None:
     """Print the table of a report."""
-    (console or Console()).print(render(report))
+    (console or Terminal()).print(render(report))
 
 
 def render(report: Report) -> RenderableType:

@@ -40,7 +40,7 @@ def expected(task: Task, source: Source) -> Expected:
         for which in task.prompts.batches:
             batch = task.prompts.tensors(which, task.pad, task.device)
             answers = [Answer(task.tokenizer, task.prompts.ids[i], task.ends, task.stop) for i in which]
-            torch.manual_seed(task.seed)
+            torch.manual_seed(task.seed + which.start)
             options = chosen(task.generate, model, task.ends, task.pad)
             model.generate(**batch, generation_config=options, stopping_criteria=[Listener(answers)])  # type: ignore[operator]
             tokens += [one.tokens for one in answers]

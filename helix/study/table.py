@@ -12,6 +12,7 @@ from rich.text import Text
 
 from helix.study.report import Measurement, Refusal, Report, Rival
 from helix.study.statistics import Paired, Summary
+from helix.study.terminal import Terminal
 
 _REFERENCES = {
     "mha_fp32_single": "the same model on one device in FP32",
@@ -22,7 +23,7 @@ _REFERENCES = {
 
 def show(report: Report, console: Console | None = None) -> None:
     """Print the table of a report."""
-    (console or Console()).print(render(report))
+    (console or Terminal()).print(render(report))
 
 
 def render(report: Report) -> RenderableType:
