@@ -147,13 +147,17 @@ def test_a_save_that_fails_leaves_nothing(tmp_path: Path) -> None:
         refused("new")
         model.generation_config.temperature = -1.0
         refused("unfit")
+        model.generation_config.temperature = 1.0
+        model.config.note = object()  # which only rank 0 comes to
+        refused("unwritable")
         return said
 
     for said in on_ranks(2, work):
-        assert len(said) == 3, said
+        assert len(said) == 4, said
         assert "full exists" in said[0]
         assert "File too large" in said[1]
         assert "temperature" in said[2]
+        assert said[3].endswith("unwritable cannot be written: Object of type object is not JSON serializable")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "full", "new"]
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["mine.txt"]
     assert (tmp_path / "empty" / "model.safetensors").stat().st_size > 30_000

@@ -134,7 +134,9 @@ def _plan(
         used = next((name for name in names if name in cut), names[0])
         tensors[names[0]] = part = own[used].detach()
         if used in cut and part.shape[cut[used].dim] != cut[used].length:  # experts' padding depends on it
-            raise CheckpointError(f"{used} was cut for another dtype than {model.dtype}; convert the model before that")
+            raise CheckpointError(
+                f"{used} was cut for another dtype than {model.dtype}; convert the model before that"
+            )
     wholes = {name: torch.empty(state[name].shape, dtype=each.dtype, device="meta") for name, each in tensors.items()}
     views = revert_weight_conversion(whole, wholes)  # experts of one storage, which counts as each one's size
     stored = {key: torch.empty(view.shape, dtype=view.dtype, device="meta") for key, view in views.items()}
