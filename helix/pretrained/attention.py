@@ -49,7 +49,9 @@ def attend(
     scoring = Scoring(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, dropout)
     if held is not None:
         if held.keys is not key:
-            raise ValueError("attention got other keys than the partitioned cache handed out; nothing may change them between")
+            raise ValueError(
+                "attention got other keys than the partitioned cache handed out; nothing may change them between"
+            )
         mask = None if mask is None else mask[..., held.columns]
         with own_draws(scoring, query.device):
             return held.sharing.decode(query, key, value, mask, scoring).transpose(1, 2), None
