@@ -299,3 +299,17 @@ def test_16_bit_keys_merge_as_exactly_as_one_device_rounds(mask: str) -> None:
     there = ~problem.expected().eq(0).all(-1)
     ours, theirs = ((z.double() - problem.expected())[there].abs().max() for z in (merged.to(q.dtype), fused))
     assert ours <= 1.5 * theirs + 2**-9
+
+
+@pytest.mark.parametrize(("rows", "tolerance"), [(1, 1e-3), (20, 2e-2)])
+def test_products_that_16_bits_do_not_hold_are_scaled_first(rows: int, tolerance: float) -> None:
+    """Queries and keys of 256 numbers around 60, as fp16 has them: their products are above its 65504."""
+    q, k, v = (torch.randn(1, 2, each, 256, generator=torch.Generator().manual_seed(each)) for each in (rows, 9, 9))
+    q, k, v = (60 * q).half().requires_grad_(), (60 * k).half(), v.half()
+    for softcap, scale in ((50.0, 2**-4), (None, 2**-13)):
+        out, _ = partial(q, k, v, None, Scoring(scale, softcap))
+        scores = q.double() @ k.double().mT
+        assert scores.abs().max() > torch.finfo(torch.float16).max
+        scores = scores * scale if softcap is None else torch.tanh(scores * scale / softcap) * softcap
+        expected = scores.softmax(-1) @ v.double()
+        assert (out.double() - expected).abs().max() < tolerance
