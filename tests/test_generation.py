@@ -19,8 +19,8 @@ from helix.generation.answers import Answer
 from helix.generation.contenders import Contender
 from helix.generation.errors import Diverged
 from helix.generation.measure import phases
-from helix.generation.passes import Heard, check_agreement
-from helix.generation.sampling import chosen, ends_of, padding
+from helix.generation.passes import Heard, Steps, check_agreement
+from helix.generation.sampling import chosen, ending_texts, ends_of, padding
 from helix.generation.tokens import Prompts, encode
 from helix.generation.verify import Expected, compare
 from helix.generation.views import Board, Lines, Stream, shown
@@ -90,6 +90,15 @@ def test_a_stop_text_ends_the_answer_and_is_no_part_of_it() -> None:
     assert answer.count == len("one ST two STOP")
     assert settled[len("one ST") - 1] == "one "  # it may become one
     assert settled[len("one ST ") - 1] == "one ST "
+
+
+def test_a_stop_text_ends_a_long_answer_and_is_not_looked_for_in_the_prompt() -> None:
+    long = "日" + "x" * 100
+    answer = an_answer(long + "before Stop!", stop=["p!", "efore\t"])
+    assert (answer.finished, answer.text) == (True, long + "before Sto")
+    answer = Answer(tokenizer(), ids("one\n"), frozenset(), ["\n"])
+    answer.put(ids("a")[0])
+    assert not answer.finished
 
 
 def test_a_stop_text_may_be_a_new_line() -> None:
@@ -210,6 +219,7 @@ def test_ends_and_padding() -> None:
     made = tokenizer()
     assert ends_of(None, GenerationConfig(eos_token_id=[7, 9]), made) == {7, 9}
     assert ends_of(None, None, made) == {END}
+    assert ending_texts(made, ["<user>", "user", "<end>"]) == {3, END}  # texts that no answer's text ever holds
     assert padding(made, frozenset({END})) == 0
     made.pad_token = None
     assert padding(made, frozenset({7, 9})) == 7
@@ -225,18 +235,22 @@ def test_phases_are_means_over_batches_and_over_tokens() -> None:
 
 
 def test_the_first_token_that_differs_is_named() -> None:
-    expected = Expected([[1, 2, 3], [4, 5]], torch.ones(2, 4))
-    same = compare([[1, 2, 3], [4, 5]], torch.ones(2, 4), expected)
+    steps = Steps(torch.ones(3, 2, 4), torch.tensor([[1, 2, 3], [4, 5, 6]]))
+    expected = Expected([[1, 2, 3], [4, 5]], steps)
+    same = compare([[1, 2, 3], [4, 5]], steps, expected)
     assert (same.tokens_equal, same.differing_prompts, same.first_difference, same.relative_error) == (
         True,
         (),
         None,
         0,
     )
-    other = compare([[1, 2, 3], [4, 6]], 2 * torch.ones(2, 4), expected)
+    # Logits count until the step after the first other token: prompt 2's of the third step do not.
+    logits = torch.tensor([1.0, 2.0, 9.0])[:, None, None] * torch.ones(3, 2, 4)
+    logits[2, 0] = 1
+    other = compare([[1, 2, 3], [4, 6]], Steps(logits, torch.tensor([[1, 2, 3], [4, 6, 6]])), expected)
     assert (other.tokens_equal, other.differing_prompts, other.first_difference) == (False, (2,), 2)
     assert other.relative_error == 1
-    assert compare([[1, 2], [4, 5]], torch.ones(2, 4), expected).first_difference == 3
+    assert compare([[1, 2], [4, 5]], steps, expected).first_difference == 3
 
 
 def test_ranks_that_chose_other_tokens_are_named() -> None:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from helix.config.check import check_device, check_logger, check_started, check_values
-from helix.config.folder import check_dims, check_package, refuse_length, shape_of
+from helix.config.folder import check_dims, check_package, folder_at, refuse_length, shape_of
 from helix.config.memory import check_generation_memory
 from helix.config.methods import baselines_of, to_name
 from helix.config.schema import (
     PACKAGE,
-    PRETRAINED,
     ConfigError,
     GenerateConfig,
     InferConfig,
@@ -165,15 +162,13 @@ def check_pretrained(model: ModelConfig) -> None:
     if model.path == PACKAGE:
         check_package()
         return
-    if model.path is None:
-        raise ConfigError(f"model.path is not given; model.kind={PRETRAINED} needs a folder, or take model=smollm2")
-    check_shape(model, shape_of(Path(model.path)))
+    check_shape(model, shape_of(folder_at(model.path)))
 
 
 def known_shape(model: ModelConfig) -> PretrainedShape:
     """The sizes that are known before the files of a package are there."""
     if model.path is not None and model.path != PACKAGE:
-        return shape_of(Path(model.path))
+        return shape_of(folder_at(model.path))
     kv_heads = model.kv_heads or model.heads
     sizes = model.layers, model.width, model.heads, kv_heads, model.head_dim, model.mlp_hidden, model.vocab
     return PretrainedShape("llama", *sizes, context=model.context or 1, tied=True)

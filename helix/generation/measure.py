@@ -13,13 +13,12 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch.distributed as dist
-from torch import Tensor
 
 from helix.checkpoint.content import CheckpointError
 from helix.config.schema import ParallelConfig, WorkloadConfig
 from helix.generation.contenders import Contender, Source, contender
 from helix.generation.errors import CannotRun, Diverged
-from helix.generation.passes import Heard, Moment, Task, answer, answer_recorded, check_agreement
+from helix.generation.passes import Heard, Moment, Steps, Task, answer, answer_recorded, check_agreement
 from helix.generation.views import View, make_printable, view_for
 from helix.partition.grid import PartitionError
 from helix.study.memory import PeakMemory
@@ -43,7 +42,7 @@ class Found:
         counts: tokens of each answer, batch by batch.
         moments: of each run, the recorded steps, the prompt's first.
         tokens, texts: of each answer, in the order of the prompts; the same in every run.
-        logits: [B, V] after the prompts of the first batch; on rank 0.
+        steps: the last recorded ones; on rank 0.
     """
 
     host: str
@@ -56,7 +55,7 @@ class Found:
     moments: list[list[Moment]] = field(default_factory=list)
     tokens: list[list[int]] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
-    logits: Tensor | None = None
+    steps: Steps | None = None
 
     def keep_answers(self, heard: list[Heard]) -> None:
         self.counts = [[one.count for one in each.answers] for each in heard]
@@ -140,7 +139,7 @@ def _take_turns(
             if turn.kind is Kind.RECORDED:
                 recorded = answer_recorded(task, each, task.prompts.batches[0])
                 own.moments.append(recorded.moments)
-                own.logits = recorded.logits if dist.get_rank() == 0 else None
+                own.steps = recorded.steps if dist.get_rank() == 0 else None
             else:
                 heard = [answer(task, each, which) for which in task.prompts.batches]
                 check_agreement(heard, each)

@@ -152,8 +152,8 @@ def _verify(task: Task, source: Source, found: dict[str, Found], running: dict[s
     if dist.get_rank() == 0:
         reference = expected(task, source)
         for name, each in found.items():
-            assert each.logits is not None
-            accuracies[name] = compare(each.tokens, each.logits, reference)
+            assert each.steps is not None
+            accuracies[name] = compare(each.tokens, each.steps, reference)
     dist.barrier()
     return accuracies
 
@@ -227,13 +227,17 @@ def _headline(report: Report) -> dict[str, Any]:
     for name in ("ttft_ms", "tpot_ms"):
         if (summary := getattr(report, name)) is not None:
             figures[f"{name}/mean"] = summary.mean
+    if (each := report.collectives) is not None:
+        figures |= {"collectives/per_step": each.per_step, "collectives/per_layer": each.per_layer}
+        for name in ("transfer_us", "wait_us", "share_of_step"):
+            figures[f"collectives/{name}/mean"] = getattr(each, name).mean
     if report.accuracy.tokens_equal is not None:
         figures |= {"tokens_equal": report.accuracy.tokens_equal, "relative_error": report.accuracy.relative_error}
     if report.comm_bytes_per_rank_per_step.predicted is not None:
         figures["bytes_agree"] = report.comm_bytes_per_rank_per_step.agrees
-    for each in report.baselines:
-        if isinstance(each, Rival):
-            figures[f"speed_ratio/{each.method.name}"] = each.paired.ratio
+    for other in report.baselines:
+        if isinstance(other, Rival):
+            figures[f"speed_ratio/{other.method.name}"] = other.paired.ratio
     if report.generation is not None:
         figures["answers"] = json.dumps(list(report.generation.answers), ensure_ascii=False)
     return figures

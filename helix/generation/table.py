@@ -8,7 +8,7 @@ from rich.text import Text
 
 from helix.study.report import NOT_VERIFIED, Accuracy, Measurement, Refusal, Report, Rival, Traffic
 from helix.study.statistics import Paired, Summary
-from helix.study.table import columns, figure, mark, size, summaries, tracked_line
+from helix.study.table import columns, figure, mark, size, summaries, times_as_fast, tracked_line
 from helix.study.terminal import Terminal
 
 
@@ -59,9 +59,9 @@ def _figures(report: Report) -> Table:
         ("time to first token, ms", report.ttft_ms),
         ("time per output token, ms", report.tpot_ms),
         ("tokens/s", report.tokens_per_s),
-        ("communication, ms/token", report.comm_ms_per_token),
-        ("waiting for ranks, ms/token", report.wait_ms_per_token),
-        ("computing, ms/token", report.compute_ms_per_token),
+        ("communication, ms/step", report.comm_ms_per_token),
+        ("waiting for ranks, ms/step", report.wait_ms_per_token),
+        ("computing, ms/step", report.compute_ms_per_token),
     ]
     if (each := report.collectives) is not None:
         rows += [("one collective, us", each.transfer_us), ("waiting for it, us", each.wait_us)]
@@ -123,8 +123,8 @@ def _accuracy(report: Report) -> Text:
     line = Text("Every token")
     if not accuracy.tokens_equal:
         line = Text.assemble(("Not every token", "bold red"))
-    line.append(" is the one that transformers alone gives in one process; relative error of the logits after the ")
-    line.append(f"prompt {accuracy.relative_error:.1e}.")
+    line.append(" is the one that transformers alone gives in one process; relative error of the logits ")
+    line.append(f"{accuracy.relative_error:.1e}.")
     if not accuracy.tokens_equal:
         line.append(f" {_differing(accuracy)}")
     return line
@@ -140,7 +140,8 @@ def _side_by_side(report: Report) -> Table:
     """The main method and its baselines, which took turns with it, in the order in which they were named."""
     main = report.method.name
     table = columns("taking turns", "TTFT ms", "TPOT ms", f"{main} is x", "p", "weights", "tokens")
-    table.columns[0].min_width = 10
+    table.columns[0].no_wrap = True
+    table.columns[0].min_width = max(10, *(len(each.method.name) for each in (report, *report.baselines)))
     table.padding = (0, 1, 0, 0)  # closer than the others: seven columns in 80
     rows: list[tuple[Measurement | Refusal, Paired | None]] = [(report, None)]
     rows += [(each, each.paired if isinstance(each, Rival) else None) for each in report.baselines]
@@ -150,7 +151,7 @@ def _side_by_side(report: Report) -> Table:
             continue
         ratio = p = ""
         if paired is not None:
-            ratio, p = f"{paired.ratio:.2f} ({paired.ci95[0]:.2f}..{paired.ci95[1]:.2f})", f"{paired.p:.1g}"
+            ratio, p = times_as_fast(paired), f"{paired.p:.1g}"
         ttft, tpot = ("-" if one is None else figure(one.mean) for one in (each.ttft_ms, each.tpot_ms))
         equal = {True: "equal", False: "differ", None: "-"}[each.accuracy.tokens_equal]
         table.add_row(each.method.name, ttft, tpot, ratio, p, size(each.memory_bytes_per_rank.weights), equal)
@@ -168,10 +169,9 @@ def _notes(report: Report) -> list[RenderableType]:
             notes.append(f"{each.method.name} did not run: {each.error}")
             continue
         if each.paired_ttft is not None:
-            ratio = each.paired_ttft
             notes.append(
-                f"To the first token {report.method.name} is {ratio.ratio:.2f} ({ratio.ci95[0]:.2f} .. "
-                f"{ratio.ci95[1]:.2f}) times as fast as {each.method.name}."
+                f"To the first token {report.method.name} is {times_as_fast(each.paired_ttft)} times as fast as "
+                f"{each.method.name}."
             )
         if each.idle_ranks:
             notes.append(f"{each.method.name} leaves {each.idle_ranks} of {report.world_size} ranks idle.")

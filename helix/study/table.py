@@ -138,7 +138,8 @@ def _side_by_side(report: Report) -> Table:
     """The main method and its baselines, which took turns with it, in the order in which they were named."""
     main = report.method.name
     table = columns("taking turns", "tokens/s", f"{main} is x", "p", "weights", "sent", "error")
-    table.columns[0].min_width = 12
+    table.columns[0].no_wrap = True
+    table.columns[0].min_width = max(12, *(len(each.method.name) for each in (report, *report.baselines)))
     table.padding = (0, 1, 0, 0)  # closer than the others: seven columns in 80
     rows: list[tuple[Measurement | Refusal, Paired | None]] = [(report, None)]
     rows += [(each, each.paired if isinstance(each, Rival) else None) for each in report.baselines]
@@ -148,8 +149,7 @@ def _side_by_side(report: Report) -> Table:
             continue
         ratio = p = ""
         if paired is not None:
-            ratio = f"{paired.ratio:.2f} ({paired.ci95[0]:.2f}..{paired.ci95[1]:.2f})"
-            p = f"{paired.p:.1g}"
+            ratio, p = times_as_fast(paired), f"{paired.p:.1g}"
         sent = size(sum(each.comm_bytes_per_rank_per_step.executed.values()))
         cells = (figure(each.tokens_per_s.mean), ratio, p, size(each.memory_bytes_per_rank.weights), sent)
         table.add_row(each.method.name, *cells, f"{each.accuracy.relative_error:.0e}")
@@ -204,10 +204,18 @@ def mark(agrees: bool) -> Text:
 
 
 def figure(value: float) -> str:
-    """A number to four significant digits, or whole and grouped by thousands from 1000 up."""
+    """A number to four significant digits, or whole and grouped by thousands from 1000 up, up to 1e9."""
     if value == 0:
         return "0"
+    if abs(value) >= 1e9:
+        return f"{value:.3g}"
     return f"{value:,.0f}" if abs(value) >= 999.95 else f"{value:.4g}"
+
+
+def times_as_fast(paired: Paired) -> str:
+    """A ratio with its 95 % interval, whose ends may be far apart where few runs scatter."""
+    ratio, low, high = (f"{each:.2f}" if abs(each) < 999.5 else f"{each:.3g}" for each in (paired.ratio, *paired.ci95))
+    return f"{ratio} ({low}..{high})"
 
 
 def size(count: int) -> str:
