@@ -74,9 +74,9 @@ class Slots:
         self._words = (ctypes.c_int * ((axis.size + 1) * _LINE // 4)).from_buffer(memory)
         self._address = ctypes.addressof(self._words)
         self._futex = ctypes.CDLL(None, use_errno=True).syscall
-        self._slots = torch.frombuffer(memory, dtype=torch.uint8)[(axis.size + 1) * _LINE :].view(
-            2, axis.size, SLOT_BYTES
-        )
+        with torch.inference_mode(False):  # else nobody outside of it could write here
+            room = torch.frombuffer(memory, dtype=torch.uint8)[(axis.size + 1) * _LINE :]
+            self._slots = room.view(2, axis.size, SLOT_BYTES)
         self._forms: dict[tuple[torch.Size, torch.dtype], _Form] = {}
 
     def exchange(self, x: Tensor) -> Tensor:
@@ -103,10 +103,11 @@ class Slots:
         if form is None:
             if len(self._forms) == _FORMS:  # of prompts of all lengths, say
                 self._forms.clear()
-            used = self._slots[:, :, : x.nbytes].view(x.dtype)
-            first, second = (turn.view(self._size, *x.shape) for turn in used.unbind())
+            with torch.inference_mode(False):  # as above
+                used = self._slots[:, :, : x.nbytes].view(x.dtype)
+                first, second = (turn.view(self._size, *x.shape) for turn in used.unbind())
+                own = first[self._rank], second[self._rank]
             mark = zlib.crc32(repr((*x.shape, str(x.dtype))).encode())
-            own = first[self._rank], second[self._rank]
             form = self._forms[key] = _Form(mark, (first, second), own)
         return form
 
