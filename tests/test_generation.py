@@ -1,14 +1,12 @@
-"""What generation is made of: answers that grow, views of them, prompts as tokens, ranks that must agree."""
+"""What generation is made of: answers that grow, views of them, prompts as tokens, sampling."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from dataclasses import replace
 
 import pytest
 import torch
-from ranks import on_ranks
 from rich.console import Console
 from texts import tokenizer
 
@@ -16,10 +14,8 @@ from helix.command.prompt import quote_prompts
 from helix.config.generation import batch_sizes, stop_texts
 from helix.config.schema import ConfigError, GenerateConfig
 from helix.generation.answers import Answer
-from helix.generation.contenders import Contender
-from helix.generation.errors import Diverged
 from helix.generation.measure import phases
-from helix.generation.passes import Heard, Steps, check_agreement
+from helix.generation.passes import Steps
 from helix.generation.sampling import chosen, ending_texts, ends_of, padding
 from helix.generation.tokens import Prompts, encode
 from helix.generation.verify import Expected, compare
@@ -251,29 +247,6 @@ def test_the_first_token_that_differs_is_named() -> None:
     assert (other.tokens_equal, other.differing_prompts, other.first_difference) == (False, (2,), 2)
     assert other.relative_error == 1
     assert compare([[1, 2], [4, 5]], steps, expected).first_difference == 3
-
-
-def test_ranks_that_chose_other_tokens_are_named() -> None:
-    class Model(Contender):
-        def __init__(self, here: bool) -> None:
-            super().__init__()
-            self.model = torch.nn.Linear(1, 1) if here else None  # type: ignore[assignment]
-
-    def rank() -> str:
-        import torch.distributed as dist
-
-        own = dist.get_rank()
-        heard = Heard(0.0, (1.0,), [an_answer("ab")], 0)
-        check_agreement([heard], Model(here=True))
-        other = replace(heard, answers=[an_answer("ac" if own == 2 else "ab")])
-        check_agreement([other], Model(here=own != 2))  # which has no part of it
-        try:
-            check_agreement([other], Model(here=True))
-        except Diverged as error:
-            return str(error)
-        return ""
-
-    assert {each.partition(" chose")[0] for each in on_ranks(3, rank)} == {"rank 2"}
 
 
 def test_prompts_keep_their_order() -> None:
