@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import GenerationConfig, MaxTimeCriteria, PreTrainedModel
 
 from helix.comm.mesh import Axis
+from helix.comm.shared_memory import slots_for
 from helix.partition.grid import PartitionError
 
 # The first arguments of `generate`, which may come without their names.
@@ -63,16 +64,24 @@ def _check(model: PreTrainedModel, axis: Axis, args: tuple[Any, ...], kwargs: di
         )
     inputs = _fingerprint({name: value for name, value in given.items() if isinstance(value, Tensor)})
     draws = _fingerprint({"": generator_state(model.device)}) if _asked(model, given, "do_sample") else 0
-    mine = torch.tensor([inputs, draws], device=model.device)
-    everyones = [torch.empty_like(mine) for _ in range(axis.size)]
-    dist.all_gather(everyones, mine, group=axis.group)  # not counted: it belongs to no token
-    if any(inputs != each for each in torch.stack(everyones)[:, 0].tolist()):
+    everyones = _gathered(torch.tensor([inputs, draws], device=model.device), axis)
+    if any(each != inputs for each, _ in everyones):
         raise PartitionError("generate got other inputs on another rank; give every rank of the mesh the same prompt")
-    if any(draws != each for each in torch.stack(everyones)[:, 1].tolist()):
+    if any(each != draws for _, each in everyones):
         raise PartitionError(
             "sampling needs the same random numbers on every rank; call torch.manual_seed with the same seed on each "
             "before generate, or set do_sample=False"
         )
+
+
+def _gathered(mine: Tensor, axis: Axis) -> list[list[int]]:
+    """mine[X] of every rank. Unlike `transport.all_gather` it is not counted, as it belongs to no token."""
+    if slots := slots_for(mine, axis):
+        found: list[list[int]] = slots.exchange(mine).tolist()
+        return found
+    everyones = [torch.empty_like(mine) for _ in range(axis.size)]
+    dist.all_gather(everyones, mine, group=axis.group)
+    return [each.tolist() for each in everyones]
 
 
 def _asked(model: Any, given: Mapping[str, Any], name: str) -> Any:
