@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from helix.config.schema import ConfigError, GenerateConfig
 from helix.generation.answers import Answer
 from helix.generation.measure import phases
 from helix.generation.passes import Steps
-from helix.generation.sampling import chosen, ending_texts, ends_of, padding
+from helix.generation.sampling import chosen, ending_texts, ends_of, of_folder, padding
 from helix.generation.tokens import Prompts, encode
 from helix.generation.verify import Expected, compare
 from helix.generation.views import Board, Lines, Stream, shown
@@ -207,6 +208,14 @@ def test_the_folders_own_sampling_does_not_count() -> None:
     drawn = chosen(GenerateConfig(temperature=0.5), Folder(), frozenset(), 0, limit=1)  # type: ignore[arg-type]
     assert (drawn.do_sample, drawn.temperature, drawn.top_k, drawn.top_p) == (True, 0.5, 0, 1.0)
     assert (drawn.max_new_tokens, drawn.eos_token_id) == (1, [2**31 - 1])  # None would mean the folder's
+
+
+def test_a_folder_that_says_what_cannot_be_is_refused(tmp_path: Path) -> None:
+    assert of_folder(tmp_path) is None
+    for wrong in ('{"num_return_sequences": 2}', "[]", "{"):
+        (tmp_path / "generation_config.json").write_text(wrong)
+        with pytest.raises(ConfigError, match=r"generation_config.json cannot be used: .*; correct it, or remove it"):
+            of_folder(tmp_path)
 
 
 def test_ends_and_padding() -> None:

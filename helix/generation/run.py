@@ -25,7 +25,7 @@ from helix.generation.contenders import Contender, Source
 from helix.generation.measure import Found, Protocol, measure
 from helix.generation.passes import Task
 from helix.generation.results import Model, label, measurement, rival
-from helix.generation.sampling import ending_texts, ends_of, padding
+from helix.generation.sampling import ending_texts, ends_of, of_folder, padding
 from helix.generation.table import show
 from helix.generation.tokens import Prompts, encode, read_tokenizer
 from helix.generation.verify import compare, expected
@@ -83,7 +83,7 @@ def read(settings: InferConfig) -> Given:
     folder = folder_of(settings)
     shape = shape_of(folder)
     check_shape(settings.model, shape)
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(folder)
     # One import serves all ranks.
@@ -96,9 +96,8 @@ def read(settings: InferConfig) -> Given:
     prompts = encode(
         tokenizer, prompts_of(settings), generate.chat, work.batch_size, generate.max_new_tokens, shape.context
     )
-    own = GenerationConfig.from_pretrained(folder) if (folder / "generation_config.json").is_file() else None
     model = Model(shape, prompts, ITEMSIZE[settings.precision])
-    ends = ends_of(config, own, tokenizer) | ending_texts(tokenizer, stop_texts(generate))
+    ends = ends_of(config, of_folder(folder), tokenizer) | ending_texts(tokenizer, stop_texts(generate))
     return Given(folder, model, prompts, tokenizer, ends)
 
 
