@@ -121,7 +121,7 @@ def _whole(model: PreTrainedModel) -> PreTrainedModel:
     config.dtype, config.architectures = model.dtype, [type(model).__name__]
     with torch.device("meta"):
         whole: PreTrainedModel = type(model)(config)
-    return whole
+    return whole.to(model.dtype)  # type: ignore[arg-type]  # which the class makes in torch's default
 
 
 def _plan(
