@@ -105,7 +105,7 @@ class GenerationCost:
     def weight_bytes(self) -> int:
         """Bytes of the matrices and the layers' norms that a rank holds, with the zeros that make shares even.
 
-        Of a model without biases and norms of heads, as Llama, these are all parameters.
+        Of Llama and Mixtral these are all parameters; others have biases, norms of heads, or more or fewer norms.
         """
         shape, p, family = self.shape, self.grid.ranks, FAMILIES[self.shape.family]
         attention = (2 * shape.heads + 2 * shape.kv_heads) * shape.head_dim // p * shape.width
