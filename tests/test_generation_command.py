@@ -190,7 +190,7 @@ def test_a_killed_rank_ends_it(tmp_path: Path, folder: Path) -> None:
     assert records[-1]["exit"]["exit_code"] != 0
 
 
-@pytest.mark.slow
+@pytest.mark.smollm2
 def test_smollm2_on_twelve_ranks(tmp_path: Path) -> None:
     """Nine heads and three KV heads on twelve ranks: the tokens of one process."""
     prompts = "prompt=['The capital of France is','def f(x):']"
