@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from helix.config.check import check_device, check_logger, check_started, check_values
+from helix.config.check import check_device, check_logger, check_rivals, check_started, check_values
 from helix.config.folder import check_dims, check_package, folder_at, refuse_length, shape_of
 from helix.config.memory import check_generation_memory
-from helix.config.methods import baselines_of, to_name
+from helix.config.methods import baselines_of
 from helix.config.schema import (
     PACKAGE,
     ConfigError,
@@ -142,19 +142,11 @@ def check_method(parallel: ParallelConfig) -> None:
 
 
 def _check_baselines(settings: InferConfig) -> None:
-    main = settings.parallel
-    names = [to_name(main)]
-    for name, layout in zip(settings.baseline, baselines_of(settings), strict=True):
+    rivals = list(zip(settings.baseline, baselines_of(settings), strict=True))
+    for name, layout in rivals:
         if layout.method not in RIVALS or layout.data != 1:
             raise ConfigError(f"baseline={name} does not generate text; methods that do are named like {_NAMED}")
-        if layout.method != "single" and layout.ranks != main.ranks:
-            raise ConfigError(
-                f"baseline={name} has {layout.ranks} ranks, and it shares the {main.ranks} of {names[0]}; choose "
-                "sizes of that product"
-            )
-        if to_name(layout) in names:
-            raise ConfigError(f"baseline={name} is there already; name each method once")
-        names.append(to_name(layout))
+    check_rivals(settings.parallel, rivals)
 
 
 def check_pretrained(model: ModelConfig) -> None:
