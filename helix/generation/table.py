@@ -6,9 +6,19 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from helix.study.report import NOT_VERIFIED, Accuracy, Measurement, Refusal, Report, Rival, Traffic
-from helix.study.statistics import Paired, Summary
-from helix.study.table import columns, figure, mark, size, summaries, times_as_fast, tracked_line
+from helix.study.report import NOT_VERIFIED, Accuracy, Refusal, Report, Traffic
+from helix.study.statistics import Summary
+from helix.study.table import (
+    columns,
+    figure,
+    mark,
+    size,
+    summaries,
+    times_as_fast,
+    tracked_line,
+    turns_rows,
+    turns_table,
+)
 from helix.study.terminal import Terminal
 
 
@@ -139,13 +149,8 @@ def _differing(accuracy: Accuracy) -> str:
 def _side_by_side(report: Report) -> Table:
     """The main method and its baselines, which took turns with it, in the order in which they were named."""
     main = report.method.name
-    table = columns("taking turns", "TTFT ms", "TPOT ms", f"{main} is x", "p", "weights", "tokens")
-    table.columns[0].no_wrap = True
-    table.columns[0].min_width = max(10, *(len(each.method.name) for each in (report, *report.baselines)))
-    table.padding = (0, 1, 0, 0)  # closer than the others: seven columns in 80
-    rows: list[tuple[Measurement | Refusal, Paired | None]] = [(report, None)]
-    rows += [(each, each.paired if isinstance(each, Rival) else None) for each in report.baselines]
-    for each, paired in rows:
+    table = turns_table(report, 10, "TTFT ms", "TPOT ms", f"{main} is x", "p", "weights", "tokens")
+    for each, paired in turns_rows(report):
         if isinstance(each, Refusal):
             table.add_row(each.method.name, "", "", Text("did not run", style="yellow"))
             continue

@@ -134,16 +134,26 @@ def _accuracy(report: Report) -> Text:
     return Text.assemble("Relative error ", (f"{accuracy.relative_error:.1e}", "bold"), f" against {reference}.")
 
 
+def turns_table(report: Report, least: int, *names: str) -> Table:
+    """A table with a row for each method that took turns, whose names are never broken; the first is `least` wide."""
+    table = columns("taking turns", *names)
+    table.columns[0].no_wrap = True
+    table.columns[0].min_width = max(least, *(len(each.method.name) for each in (report, *report.baselines)))
+    table.padding = (0, 1, 0, 0)  # closer than the others: seven columns in 80
+    return table
+
+
+def turns_rows(report: Report) -> list[tuple[Measurement | Refusal, Paired | None]]:
+    """The main method and each of its baselines, with what the main one is in comparison."""
+    rows: list[tuple[Measurement | Refusal, Paired | None]] = [(report, None)]
+    return rows + [(each, each.paired if isinstance(each, Rival) else None) for each in report.baselines]
+
+
 def _side_by_side(report: Report) -> Table:
     """The main method and its baselines, which took turns with it, in the order in which they were named."""
     main = report.method.name
-    table = columns("taking turns", "tokens/s", f"{main} is x", "p", "weights", "sent", "error")
-    table.columns[0].no_wrap = True
-    table.columns[0].min_width = max(12, *(len(each.method.name) for each in (report, *report.baselines)))
-    table.padding = (0, 1, 0, 0)  # closer than the others: seven columns in 80
-    rows: list[tuple[Measurement | Refusal, Paired | None]] = [(report, None)]
-    rows += [(each, each.paired if isinstance(each, Rival) else None) for each in report.baselines]
-    for each, paired in rows:
+    table = turns_table(report, 12, "tokens/s", f"{main} is x", "p", "weights", "sent", "error")
+    for each, paired in turns_rows(report):
         if isinstance(each, Refusal):
             table.add_row(each.method.name, "", Text("did not run", style="yellow"))
             continue
