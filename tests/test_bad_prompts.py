@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from safetensors.numpy import save_file
-from test_bad_input import contents, exit_code, infer, machine
+from test_bad_input import check_refused, exit_code, infer, machine
 from texts import tokenizer
 
 from helix.config import folder
@@ -141,17 +141,7 @@ def test_is_refused_in_one_sentence(
     if one.missing is not None:
         (own / one.missing).unlink()
     monkeypatch.setattr(sys, "argv", ["infer.py", *one.words])
-    before = contents(machine)
-
-    assert exit_code(infer.main) == 2
-
-    said = capsys.readouterr()
-    assert said.out == ""
-    assert said.err.startswith("infer.py: error: ")
-    assert said.err.count("\n") == 1
-    for fragment in one.expected:
-        assert fragment in said.err
-    assert contents(machine) == before
+    check_refused(infer, machine, capsys, one.expected)
 
 
 def test_the_package_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
