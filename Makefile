@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup infer train test check lab clean
+.PHONY: setup infer generate train test check lab clean
 
 setup: .venv/.stamp
 
@@ -20,6 +20,9 @@ setup: .venv/.stamp
 
 infer: setup
 	$(BIN)/python infer.py parallel=helix_4x4 model=moe
+
+generate: setup
+	$(BIN)/python infer.py model=smollm2 parallel=helix_4x3 prompt="The capital of France is"
 
 train: setup
 	$(BIN)/python train.py

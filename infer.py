@@ -33,7 +33,7 @@ def main(settings: InferConfig, run_dir: Path) -> None:
     """Run what was configured; torch is imported from here on, when nothing is wrong any more."""
     from helix.checkpoint.content import CheckpointError
     from helix.comm.launch import RankError
-    from helix.generation.errors import Diverged
+    from helix.generation.errors import CannotRun, Diverged
 
     try:
         if settings.model.kind == PRETRAINED:
@@ -44,7 +44,7 @@ def main(settings: InferConfig, run_dir: Path) -> None:
             from helix.study.inference import run
 
             run(settings, run_dir=run_dir)
-    except (RankError, Diverged) as error:
+    except (RankError, Diverged, CannotRun) as error:
         stop(str(error), code=1)
     # A checkpoint or a model's folder that does not say what it is, or has gone since; a prompt that is too long.
     except (CheckpointError, ConfigError, PartitionError) as error:

@@ -220,6 +220,21 @@ def exit_code(main: Callable[[], None]) -> object:
     return ended.value.code
 
 
+def check_refused(
+    infer: ModuleType, machine: Path, capsys: pytest.CaptureFixture[str], expected: tuple[str, ...]
+) -> None:
+    """The command ends with code 2 and one sentence, in which the fragments are, and leaves nothing behind."""
+    before = contents(machine)
+    assert exit_code(infer.main) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("infer.py: error: ")
+    assert said.err.count("\n") == 1
+    for fragment in expected:
+        assert fragment in said.err
+    assert contents(machine) == before
+
+
 def test_there_are_at_least_forty_kinds() -> None:
     assert len({one.name for one in CASES}) == len(CASES) >= 40
 
@@ -236,17 +251,8 @@ def test_is_refused_in_one_sentence(
     for variable, value in one.env.items():
         monkeypatch.setenv(variable, value)
     monkeypatch.setattr(sys, "argv", ["infer.py", *one.arguments.split()])
-    before, loaded = contents(machine), set(sys.modules)
-
-    assert exit_code(infer.main) == 2
-
-    said = capsys.readouterr()
-    assert said.out == ""
-    assert said.err.startswith("infer.py: error: ")
-    assert said.err.count("\n") == 1
-    for fragment in one.expected:
-        assert fragment in said.err
-    assert contents(machine) == before
+    loaded = set(sys.modules)
+    check_refused(infer, machine, capsys, one.expected)
     new = {module.partition(".")[0] for module in set(sys.modules) - loaded}
     assert not new & {"torch", "lightning", "deepspeed", "wandb"}
 

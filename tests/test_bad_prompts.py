@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from safetensors.numpy import save_file
-from test_bad_input import contents, exit_code, infer, machine
+from test_bad_input import check_refused, exit_code, infer, machine
 from texts import tokenizer
 
 from helix.config import folder
@@ -77,7 +77,9 @@ CASES = [
     wrong("greedy-top-k", f"{SMOL}  prompt=a  generate.top_k=5", "generate.temperature above 0", "leave out"),
     wrong("no-tokens", f"{SMOL}  prompt=a  generate.max_new_tokens=0", "must be at least 1, not 0"),
     wrong("stop-empty", f"{SMOL}  prompt=a  generate.stop=['']", "an empty text"),
-    wrong("stop-no-list", f"{SMOL}  prompt=a  generate.stop=END", "generate.stop"),
+    wrong("stop-no-list", f"{SMOL}  prompt=a  generate.stop=END", "takes a list: generate.stop=\"['END']\""),
+    wrong("baseline-no-list", f"{SMOL}  prompt=a  baseline=hf_tp2", "baseline takes a list: baseline=[hf_tp2]"),
+    wrong("no-warmup", f"{SMOL}  prompt=a  workload.warmup=0", "workload.warmup must be at least 1 to generate text"),
     wrong("key", f"{SMOL}  prompt=a  generate.topk=5", "no key generate.topk", "did you mean generate.top_k?"),
     # Methods
     wrong("tensor", f"{SMOL}  prompt=a  parallel=tp16", "does not generate text", "parallel=single", "hf_tp3"),
@@ -101,6 +103,8 @@ CASES = [
     wrong("one-run", f"{SMOL}  prompt=a  workload.runs=1", "workload.runs must be at least 2"),
     # Models
     wrong("no-path", "model=pretrained  prompt=a", "model.path is not given", "config.json, safetensors"),
+    wrong("path-empty", "model=pretrained  model.path=  prompt=a", "model.path is not given", "model=smollm2"),
+    wrong("path-of-home", "model=pretrained  model.path=~/no, no  prompt=a", "/home-less/no, no is not a folder"),
     wrong("path-of-drawn", "model=dense  model.path=it", "model=pretrained model.path="),
     wrong("no-folder", "model=pretrained  model.path=nowhere  prompt=a", "model.path=nowhere is not a folder"),
     wrong("no-config", f"{OWN}  prompt=a", "has no config.json", missing="config.json"),
@@ -127,6 +131,7 @@ def test_is_refused_in_one_sentence(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.setenv("HOME", "/home-less")
     own = machine / "it"
     own.mkdir()
     config = {key: value for key, value in (LLAMA | (one.config or {})).items() if value is not None}
@@ -136,17 +141,7 @@ def test_is_refused_in_one_sentence(
     if one.missing is not None:
         (own / one.missing).unlink()
     monkeypatch.setattr(sys, "argv", ["infer.py", *one.words])
-    before = contents(machine)
-
-    assert exit_code(infer.main) == 2
-
-    said = capsys.readouterr()
-    assert said.out == ""
-    assert said.err.startswith("infer.py: error: ")
-    assert said.err.count("\n") == 1
-    for fragment in one.expected:
-        assert fragment in said.err
-    assert contents(machine) == before
+    check_refused(infer, machine, capsys, one.expected)
 
 
 def test_the_package_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

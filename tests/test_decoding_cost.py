@@ -50,11 +50,16 @@ CASES = [
     ("gpt2", Grid(4, 1), Phases("rows", "heads"), 1, 30),
     ("gpt2", Grid(2, 2), Phases("heads", "kvseq"), 3, 30),
     ("qwen2_moe", Grid(2, 2), Phases(), 1, 33),
+    ("mixtral", Grid(4, 1), Phases(), 1, 33),
 ]
 
 
-def measure(family: str, grid: Grid, phases: Phases, batch: int, length: int) -> None:
-    """Hold a prompt's bytes, two steps' bytes, the number of collectives, the cache and the weights to the forms."""
+def measure(family: str, grid: Grid, phases: Phases, batch: int, length: int) -> dict[str, int]:
+    """Hold a prompt's bytes, two steps' bytes, the number of collectives, the cache and the weights to the forms.
+
+    Returns:
+        The bytes of the last step.
+    """
     sizes = {} if family == "gpt2" else {"max_position_embeddings": 8192}
     model = pretrained.tiny(family, dtype=torch.float32, **sizes)
     shape, rank = describe(model.config.to_dict()), torch.distributed.get_rank()
@@ -78,8 +83,9 @@ def measure(family: str, grid: Grid, phases: Phases, batch: int, length: int) ->
         within = 4 if grid.m > 1 else 2
         assert sum(decoded.calls.values()) == within * shape.layers + 2 + extra
     assert +Counter(prompt.bytes) == cost.prefill_bytes(length, rank), "a prompt's bytes"
-    if family == "llama":
-        assert sum(p.nbytes for p in model.parameters()) == cost.weight_bytes()
+    held = sum(p.nbytes for name, p in model.named_parameters() if not name.endswith(".bias"))
+    assert held == cost.weight_bytes(), f"weights of {held} bytes"
+    return dict(decoded.bytes)
 
 
 def held_bytes(cache: object) -> int:
@@ -87,26 +93,42 @@ def held_bytes(cache: object) -> int:
     return sum(layer.held_bytes for layer in layers)
 
 
-def _measure_all() -> list[str]:
-    failures = []
+def _measure_all() -> tuple[list[str], dict[int, dict[str, int]]]:
+    """What failed, and the bytes of one sample's step after so many tokens."""
+    failures, steps = [], {}
     for case in CASES:
         try:
-            measure(*case)
+            moved = measure(*case)
         except AssertionError as error:
             failures.append(f"{case}: {error}")
-    return failures
+        else:
+            if case[:4] == CASES[0][:4]:
+                steps[case[4]] = moved
+    return failures, steps
 
 
-def test_every_byte_of_a_prompt_and_of_a_step_is_predicted() -> None:
+@pytest.fixture(scope="module")
+def measured() -> list[tuple[list[str], dict[int, dict[str, int]]]]:
+    return on_ranks(4, _measure_all, timeout_s=60)
+
+
+def test_every_byte_of_a_prompt_and_of_a_step_is_predicted(
+    measured: list[tuple[list[str], dict[int, dict[str, int]]]],
+) -> None:
     """Also that a step has four collectives a layer and two more, and that weights and cache are what they should."""
-    for rank in on_ranks(4, _measure_all, timeout_s=60):
-        assert not rank, "\n".join(rank)
+    for failures, _ in measured:
+        assert not failures, "\n".join(failures)
 
 
-def test_a_step_at_4096_tokens_costs_what_it_costs_at_256() -> None:
-    """The forms have no context to depend on; that they hold at both lengths is what the test above measures."""
-    lengths = {case[4] for case in CASES if case[:4] == CASES[0][:4]}
-    assert {256, 4096} <= lengths
+def test_a_step_at_4096_tokens_costs_what_it_costs_at_256(
+    measured: list[tuple[list[str], dict[int, dict[str, int]]]],
+) -> None:
+    for _, steps in measured:
+        assert sum(steps[256].values()) > 0
+        assert steps[4096] == steps[256]
+
+
+def test_what_a_step_of_smollm2_sends() -> None:
     cost = GenerationCost(SMOLLM2, Grid(4, 3), Phases("rows", "kvseq"), 1, 4)
     assert cost.step_bytes() == {
         # Of 3 + 1 + 1 heads a slice of 16, to 3 others; of 576 numbers a twelfth, to 11 others, there and back.

@@ -78,9 +78,7 @@ DISTILBERT = {
 def test_reads_each_familys_own_names() -> None:
     assert describe(SMOLLM2) == PretrainedShape("llama", 30, 576, 9, 3, 64, 1536, 49152, 8192, tied=True)
     assert describe(GPT2) == PretrainedShape("gpt2", 12, 768, 12, 12, 64, 3072, 50257, 1024, tied=True)
-    assert describe(GEMMA3) == PretrainedShape(
-        "gemma3_text", 26, 1152, 4, 1, 256, 6912, 262144, 32768, window=512, tied=True
-    )
+    assert describe(GEMMA3) == PretrainedShape("gemma3_text", 26, 1152, 4, 1, 256, 6912, 262144, 32768, tied=True)
     assert describe(MIXTRAL) == PretrainedShape(
         "mixtral", 32, 4096, 32, 8, 128, 14336, 32000, 32768, experts=8, top_k=2
     )
@@ -90,12 +88,6 @@ def test_reads_each_familys_own_names() -> None:
     assert describe(DISTILBERT) == PretrainedShape(
         "distilbert", 6, 768, 12, 12, 64, 3072, 30522, 512, tied=True, causal=False
     )
-
-
-def test_a_window_counts_only_where_a_layer_slides() -> None:
-    whole = {**GEMMA3, "layer_types": ["full_attention", "full_attention"]}
-    assert describe(whole).window is None
-    assert describe({**SMOLLM2, "model_type": "mistral", "sliding_window": 4096}).window == 4096
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,13 @@
-"""What generation is made of: answers that grow, views of them, prompts as tokens, ranks that must agree."""
+"""What generation is made of: answers that grow, views of them, prompts as tokens, sampling."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from ranks import on_ranks
 from rich.console import Console
 from texts import tokenizer
 
@@ -16,11 +15,9 @@ from helix.command.prompt import quote_prompts
 from helix.config.generation import batch_sizes, stop_texts
 from helix.config.schema import ConfigError, GenerateConfig
 from helix.generation.answers import Answer
-from helix.generation.contenders import Contender
-from helix.generation.errors import Diverged
 from helix.generation.measure import phases
-from helix.generation.passes import Heard, check_agreement
-from helix.generation.sampling import chosen, ends_of, padding
+from helix.generation.passes import Steps
+from helix.generation.sampling import chosen, ending_texts, ends_of, of_folder, padding
 from helix.generation.tokens import Prompts, encode
 from helix.generation.verify import Expected, compare
 from helix.generation.views import Board, Lines, Stream, shown
@@ -90,6 +87,15 @@ def test_a_stop_text_ends_the_answer_and_is_no_part_of_it() -> None:
     assert answer.count == len("one ST two STOP")
     assert settled[len("one ST") - 1] == "one "  # it may become one
     assert settled[len("one ST ") - 1] == "one ST "
+
+
+def test_a_stop_text_ends_a_long_answer_and_is_not_looked_for_in_the_prompt() -> None:
+    long = "日" + "x" * 100
+    answer = an_answer(long + "before Stop!", stop=["p!", "efore\t"])
+    assert (answer.finished, answer.text) == (True, long + "before Sto")
+    answer = Answer(tokenizer(), ids("one\n"), frozenset(), ["\n"])
+    answer.put(ids("a")[0])
+    assert not answer.finished
 
 
 def test_a_stop_text_may_be_a_new_line() -> None:
@@ -204,12 +210,21 @@ def test_the_folders_own_sampling_does_not_count() -> None:
     assert (drawn.max_new_tokens, drawn.eos_token_id) == (1, [2**31 - 1])  # None would mean the folder's
 
 
+def test_a_folder_that_says_what_cannot_be_is_refused(tmp_path: Path) -> None:
+    assert of_folder(tmp_path) is None
+    for wrong in ('{"num_return_sequences": 2}', "[]", "{"):
+        (tmp_path / "generation_config.json").write_text(wrong)
+        with pytest.raises(ConfigError, match=r"generation_config.json cannot be used: .*; correct it, or remove it"):
+            of_folder(tmp_path)
+
+
 def test_ends_and_padding() -> None:
     from transformers import GenerationConfig
 
     made = tokenizer()
     assert ends_of(None, GenerationConfig(eos_token_id=[7, 9]), made) == {7, 9}
     assert ends_of(None, None, made) == {END}
+    assert ending_texts(made, ["<user>", "user", "<end>"]) == {3, END}  # texts that no answer's text ever holds
     assert padding(made, frozenset({END})) == 0
     made.pad_token = None
     assert padding(made, frozenset({7, 9})) == 7
@@ -225,41 +240,22 @@ def test_phases_are_means_over_batches_and_over_tokens() -> None:
 
 
 def test_the_first_token_that_differs_is_named() -> None:
-    expected = Expected([[1, 2, 3], [4, 5]], torch.ones(2, 4))
-    same = compare([[1, 2, 3], [4, 5]], torch.ones(2, 4), expected)
+    steps = Steps(torch.ones(3, 2, 4), torch.tensor([[1, 2, 3], [4, 5, 6]]))
+    expected = Expected([[1, 2, 3], [4, 5]], steps)
+    same = compare([[1, 2, 3], [4, 5]], steps, expected)
     assert (same.tokens_equal, same.differing_prompts, same.first_difference, same.relative_error) == (
         True,
         (),
         None,
         0,
     )
-    other = compare([[1, 2, 3], [4, 6]], 2 * torch.ones(2, 4), expected)
+    # Logits count until the step after the first other token: prompt 2's of the third step do not.
+    logits = torch.tensor([1.0, 2.0, 9.0])[:, None, None] * torch.ones(3, 2, 4)
+    logits[2, 0] = 1
+    other = compare([[1, 2, 3], [4, 6]], Steps(logits, torch.tensor([[1, 2, 3], [4, 6, 6]])), expected)
     assert (other.tokens_equal, other.differing_prompts, other.first_difference) == (False, (2,), 2)
     assert other.relative_error == 1
-    assert compare([[1, 2], [4, 5]], torch.ones(2, 4), expected).first_difference == 3
-
-
-def test_ranks_that_chose_other_tokens_are_named() -> None:
-    class Model(Contender):
-        def __init__(self, here: bool) -> None:
-            super().__init__()
-            self.model = torch.nn.Linear(1, 1) if here else None  # type: ignore[assignment]
-
-    def rank() -> str:
-        import torch.distributed as dist
-
-        own = dist.get_rank()
-        heard = Heard(0.0, (1.0,), [an_answer("ab")], 0)
-        check_agreement([heard], Model(here=True))
-        other = replace(heard, answers=[an_answer("ac" if own == 2 else "ab")])
-        check_agreement([other], Model(here=own != 2))  # which has no part of it
-        try:
-            check_agreement([other], Model(here=True))
-        except Diverged as error:
-            return str(error)
-        return ""
-
-    assert {each.partition(" chose")[0] for each in on_ranks(3, rank)} == {"rank 2"}
+    assert compare([[1, 2], [4, 5]], steps, expected).first_difference == 3
 
 
 def test_prompts_keep_their_order() -> None:

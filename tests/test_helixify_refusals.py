@@ -13,6 +13,7 @@ import transformers
 from pretrained import batch, tiny
 from ranks import on_ranks
 from torch import Tensor, nn
+from transformers import GenerationConfig, MaxTimeCriteria
 
 from helix import Grid, Mesh, PartitionError, helixify
 from helix.partition.phases import Phases
@@ -129,7 +130,7 @@ def test_refuses_before_it_changes_anything() -> None:
             assert "\n" not in found
 
 
-def refused_when_called() -> tuple[list[str], Tensor]:
+def refused_when_called() -> tuple[list[str], Tensor, Tensor]:
     model = helixify(tiny("gpt2", attn_pdrop=0.1, resid_pdrop=0.2, embd_pdrop=0.3), Mesh(Grid(2, 1)))
     said = []
 
@@ -144,17 +145,31 @@ def refused_when_called() -> tuple[list[str], Tensor]:
     refused(PartitionError, lambda: model.save_pretrained("nowhere"))
     refused(PartitionError, lambda: model.resize_token_embeddings(100))
     refused(PartitionError, lambda: copy.deepcopy(model))
+    rank, sampled = model.helix.model.rank, GenerationConfig(do_sample=True, max_new_tokens=6, eos_token_id=None)
+    refused(PartitionError, lambda: model.generate(ids, max_time=60.0))
+    refused(PartitionError, lambda: model.generate(ids, stopping_criteria=[MaxTimeCriteria(60.0)]))
+    refused(PartitionError, lambda: model.generate(ids[:, : 5 + rank], max_new_tokens=2))
+    refused(PartitionError, lambda: model.generate(input_ids=ids + rank, max_new_tokens=2))
+    torch.manual_seed(rank)
+    model.generate(ids, do_sample=False, max_new_tokens=2)
+    refused(PartitionError, lambda: model.generate(ids, do_sample=True))
+    refused(PartitionError, lambda: model.generate(ids, sampled))
+    model.generation_config.do_sample = True
+    refused(PartitionError, lambda: model.generate(ids))
+    torch.manual_seed(5)
+    text = model.generate(ids, sampled)
     model.train()
-    torch.manual_seed(model.helix.model.rank)
+    torch.manual_seed(rank)
     refused(PartitionError, lambda: model(ids))
     torch.manual_seed(5)
     model(ids).logits.sum().backward()
-    return said, model(ids).logits.detach()
+    return said, model(ids).logits.detach(), text
 
 
 def test_refuses_calls_that_it_cannot_answer() -> None:
-    (said, logits), (_, others) = on_ranks(2, refused_when_called)
-    attentions, unknown, saved, resized, copied, dropout = said
+    (said, logits, text), (again, others, same) = on_ranks(2, refused_when_called)
+    assert said == again
+    attentions, unknown, saved, resized, copied, *generating, dropout = said
     assert attentions == "no rank has whole attention weights; call the model without output_attentions"
     assert unknown.startswith("ids must be 0 to 66, and there is one of ")
     assert saved == (
@@ -162,5 +177,14 @@ def test_refuses_calls_that_it_cannot_answer() -> None:
     )
     assert resized.endswith("does not run resize_token_embeddings: resize the whole model, then call helixify")
     assert copied.endswith("does not run __deepcopy__: copy the whole model, and call helixify for both")
+    for found, begins in zip(
+        generating,
+        ["a partitioned model does not stop by max_time, "] * 2
+        + ["generate got other inputs on another rank; "] * 2
+        + ["sampling needs the same random numbers on every rank; call torch.manual_seed "] * 3,
+        strict=True,
+    ):
+        assert found.startswith(begins), found
+    assert text.equal(same)
     assert dropout.startswith("dropout needs the same random numbers on every rank; call torch.manual_seed with")
     assert logits.equal(others)  # once seeded alike, ranks drop out the same

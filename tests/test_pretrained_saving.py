@@ -58,7 +58,10 @@ def _save_all(root: Path, grid: Grid, sharded: Grid) -> dict[str, list[str]]:
             one |= _contents(root / family / "sharded parts")
             other |= _contents(root / family / "sharded whole")
         differing[family] = sorted(name for name in one | other if one.get(name) != other.get(name))
+    narrow = {"dtype": torch.bfloat16, "hidden": 40}  # 20 features of each expert, padded to 24 in 16 bits
+    save(helixify(tiny("mixtral", **narrow), mesh), root / "narrow")
     if first:
+        differing["narrow"] = _read_back(root / "narrow", tiny("mixtral", **narrow))
         differing |= {family: _read_back(root / family / "sharded parts", tiny(family)) for family in MIXTURES}
     dist.barrier()
     return differing
@@ -103,7 +106,7 @@ def _again(root: Path, grid: Grid) -> bool:
 
 def test_saved_parts_are_the_whole_models_files(tmp_path: Path) -> None:
     differing = on_ranks(2, _save_all, tmp_path, Grid(2, 1), Grid(1, 2))[0]
-    assert differing == {family: [] for family in FAMILIES}
+    assert differing == {name: [] for name in (*FAMILIES, "narrow")}
     assert not list(tmp_path.glob("*/.*"))
 
 
@@ -147,13 +150,20 @@ def test_a_save_that_fails_leaves_nothing(tmp_path: Path) -> None:
         refused("new")
         model.generation_config.temperature = -1.0
         refused("unfit")
+        model.generation_config.temperature = 1.0
+        model.config.note = object()  # which only rank 0 comes to
+        refused("unwritable")
+        model = helixify(tiny("mixtral", hidden=40), Mesh(Grid(2, 1))).bfloat16()  # 20 features of experts, not 24
+        refused("converted")
         return said
 
     for said in on_ranks(2, work):
-        assert len(said) == 3, said
+        assert len(said) == 5, said
         assert "full exists" in said[0]
         assert "File too large" in said[1]
         assert "temperature" in said[2]
+        assert said[3].endswith("unwritable cannot be written: Object of type object is not JSON serializable")
+        assert said[4].endswith(" was cut for another dtype than torch.bfloat16; convert the model before that")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "full", "new"]
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["mine.txt"]
     assert (tmp_path / "empty" / "model.safetensors").stat().st_size > 30_000

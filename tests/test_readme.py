@@ -14,6 +14,12 @@ from helix import launch
 README = Path(__file__).resolve().parent.parent / "README.md"
 
 
+def _script(word: str) -> str:
+    """The one script of the README that a word is in."""
+    (code,) = (each for each in re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL) if word in each)
+    return code
+
+
 def _train(code: str) -> list[float]:
     """The README's script on this rank, its own launch left to the test: sums of the layer's weights, trained."""
     seen: list[Any] = []
@@ -38,9 +44,15 @@ def _train(code: str) -> list[float]:
 @pytest.mark.filterwarnings("ignore")  # Lightning's advice on loggers and workers, which a reader sees as well
 def test_the_lightning_module_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)  # Lightning logs to the current folder
-    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    results = launch(_train, code, ranks=4, timeout_s=30)
+    results = launch(_train, _script("LightningModule"), ranks=4, timeout_s=30)
     weights, *losses = results[0]
     assert len(losses) == 8
     assert all(torch.isfinite(torch.tensor([weights, *losses])))
     assert results == [results[0]] * 4
+
+
+def test_the_partitioned_model_answers(capfd: pytest.CaptureFixture[str]) -> None:
+    exec(compile(_script("helixify"), str(README), "exec"), {"__name__": "__main__"})
+    said = capfd.readouterr().out.strip().splitlines()[-1]
+    assert said.startswith("[1, 2, 3, ")
+    assert len(said.split(",")) == 8

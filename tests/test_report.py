@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from helix.config.words import figure, size
 from helix.study import provenance
 from helix.study.report import (
     Accuracy,
@@ -30,7 +31,7 @@ from helix.study.report import (
     write,
 )
 from helix.study.statistics import paired, summarize
-from helix.study.table import figure, render, size
+from helix.study.table import render
 from helix.study.text import byte_batches, corpus
 
 QKV, OUT, EXPERTS = "all_to_all/attention.qkv", "reduce_scatter/attention.output", "all_to_all/moe.dispatch"

@@ -126,11 +126,11 @@ def test_gloo_does_it_where_memory_is_not_shared(how: str) -> None:
     assert on_ranks(2, without, how) == [False, False]
 
 
-@pytest.mark.parametrize(("absent", "who"), [(2, "rank 2"), (0, "rank 0, or one that it waits for,")])
-def test_a_rank_that_does_not_come_is_named(absent: int, who: str) -> None:
-    with pytest.raises(RuntimeError, match="exchange 2 within 2 s") as caught:
+@pytest.mark.parametrize("absent", [2, 0])
+def test_a_rank_that_does_not_come_is_named(absent: int) -> None:
+    with pytest.raises(RuntimeError, match="exchange 2 within") as caught:
         on_ranks(3, raising, absent, timeout_s=2)
-    assert str(caught.value).startswith(who)
+    assert str(caught.value).startswith(f"rank {absent} of")
 
 
 def raising(absent: int) -> None:

@@ -204,7 +204,7 @@ def test_without_the_package_or_a_place(tmp_path: Path, monkeypatch: pytest.Monk
         smollm2.folder()
 
 
-@pytest.mark.slow
+@pytest.mark.smollm2
 def test_smollm2_on_12_ranks() -> None:
     """What each rank holds, and the most that it ever held: 45 MB of 538, where twelve wholes would be 6.5 GB."""
     folder = smollm2.folder()
@@ -223,7 +223,7 @@ def test_smollm2_on_12_ranks() -> None:
         assert growth < 2 * share
 
 
-@pytest.mark.slow
+@pytest.mark.smollm2
 def test_smollm2s_weights_are_cut_evenly_on_every_grid() -> None:
     def shares() -> dict[str, float]:
         model = empty(smollm2.folder())

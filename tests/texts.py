@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from pretrained import tiny
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -30,7 +31,11 @@ def tokenizer(chat: bool = False) -> PreTrainedTokenizerFast:
 
 
 def write_folder(folder: Path, family: str = "llama", chat: bool = False, **changes: Any) -> Path:
-    """Random weights; see `pretrained.config` for the sizes."""
-    tiny(family, vocab_size=VOCAB, **changes).save_pretrained(folder)
+    """Random weights, so large that an answer depends on all that was said before; see `pretrained.config`."""
+    model = tiny(family, vocab_size=VOCAB, **{"tie_word_embeddings": False} | changes)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3 if parameter.ndim > 1 else 1)
+    model.save_pretrained(folder)
     tokenizer(chat).save_pretrained(folder)
     return folder

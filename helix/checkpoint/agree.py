@@ -19,17 +19,18 @@ def rank() -> int:
 
 
 def from_rank_0(fn: Callable[[], T]) -> T:
-    """What `fn` returns on rank 0, on every rank; what it cannot read or write as one sentence, on every rank."""
+    """What `fn` returns on rank 0, on every rank; how it fails there as one sentence, on every rank."""
     answer: list[Any] = [None, None]
+    cause = None
     if rank() == 0:
         try:
             answer[0] = fn()
-        except (OSError, CheckpointError) as error:
-            answer[1] = sentence(error)
+        except Exception as error:  # whatever it is, the others must not wait
+            answer[1], cause = sentence(error), error
     if dist.is_initialized():
         dist.broadcast_object_list(answer)
     if answer[1] is not None:
-        raise CheckpointError(answer[1])
+        raise CheckpointError(answer[1]) from cause
     value: T = answer[0]
     return value
 

@@ -74,9 +74,9 @@ class Slots:
         self._words = (ctypes.c_int * ((axis.size + 1) * _LINE // 4)).from_buffer(memory)
         self._address = ctypes.addressof(self._words)
         self._futex = ctypes.CDLL(None, use_errno=True).syscall
-        self._slots = torch.frombuffer(memory, dtype=torch.uint8)[(axis.size + 1) * _LINE :].view(
-            2, axis.size, SLOT_BYTES
-        )
+        with torch.inference_mode(False):  # else nobody outside of it could write here
+            room = torch.frombuffer(memory, dtype=torch.uint8)[(axis.size + 1) * _LINE :]
+            self._slots = room.view(2, axis.size, SLOT_BYTES)
         self._forms: dict[tuple[torch.Size, torch.dtype], _Form] = {}
 
     def exchange(self, x: Tensor) -> Tensor:
@@ -103,10 +103,11 @@ class Slots:
         if form is None:
             if len(self._forms) == _FORMS:  # of prompts of all lengths, say
                 self._forms.clear()
-            used = self._slots[:, :, : x.nbytes].view(x.dtype)
-            first, second = (turn.view(self._size, *x.shape) for turn in used.unbind())
+            with torch.inference_mode(False):  # as above
+                used = self._slots[:, :, : x.nbytes].view(x.dtype)
+                first, second = (turn.view(self._size, *x.shape) for turn in used.unbind())
+                own = first[self._rank], second[self._rank]
             mark = zlib.crc32(repr((*x.shape, str(x.dtype))).encode())
-            own = first[self._rank], second[self._rank]
             form = self._forms[key] = _Form(mark, (first, second), own)
         return form
 
@@ -137,16 +138,18 @@ class Slots:
 
     def _await(self, line: int, count: int) -> None:
         began = None
+        # Rank 0 gives up first, since it knows who is missing.
+        limit_s = self._timeout_s + (2 * _POLL_S if line == self._size else 0)
         address = ctypes.c_void_p(self._address + line * _LINE)
         # Counts are compared on a circle: they begin anew after 2**32 exchanges.
         while ctypes.c_int((seen := self._words[line * _LINE // 4]) - count).value < 0:
             if began is None:
                 began = time.monotonic()
-            elif time.monotonic() - began > self._timeout_s:
-                who = f"rank {line}" if line < self._size else "rank 0, or one that it waits for,"
+            elif time.monotonic() - began > limit_s:
+                who = f"rank {line}" if line < self._size else "rank 0"
                 raise RuntimeError(
-                    f"{who} of the {self._name} axis has not come to exchange {count} within "
-                    f"{self._timeout_s:.0f} s; rank {self._rank} is there"
+                    f"{who} of the {self._name} axis has not come to exchange {count} within {limit_s:.0f} s; "
+                    f"rank {self._rank} is there"
                 )
             self._futex(_SYS_FUTEX, address, _WAIT, ctypes.c_int(seen), ctypes.byref(_Timespec(_POLL_S, 0)), None, 0)
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml  # type: ignore[import-untyped]
 from hydra.conf import HydraConf
@@ -24,6 +24,8 @@ from helix.config.check import suggest
 from helix.config.schema import ConfigError, PartitionError
 
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+# What a list looks like.
+_LISTS = {"generate.stop": "\"['END']\"", "baseline": "[hf_tp2]"}
 FORM = "write key=value, such as parallel.m=4 or model=moe"
 
 
@@ -157,6 +159,8 @@ def _assignments(group: str, options: list[str]) -> str:
 
 def _wrong_type(error: ValidationError, schema: type) -> str:
     key = str(error.full_key)
+    if get_origin(_node(schema, key)) is list:
+        return f"{key} takes a list: {key}={_LISTS.get(key, '[a,b]')}"
     legal = _legal_types(key, schema)
     value = re.search(r"[Vv]alue '(.*?)' (?:of type|is not)", str(error), re.DOTALL)
     given = value.group(1) if value else "null" if "Optional" in str(error) else None

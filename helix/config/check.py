@@ -144,16 +144,23 @@ def check_baselines(settings: InferConfig) -> None:
     What its way to cut a model needs is not checked: where it cannot run, its own words are its result.
     """
     main = settings.parallel
-    names, ranks = [to_name(main)], main.ranks
-    for name, layout in zip(settings.baseline, baselines_of(settings), strict=True):
+    rivals = list(zip(settings.baseline, baselines_of(settings), strict=True))
+    for name, layout in rivals:
         if layout.method != "helix" and (main.aggregate == "concat" or main.projection == "block"):
             raise ConfigError(
                 f"baseline={name} cannot compute what parallel.aggregate=concat or projection=block do, another "
                 "model; take Helix's own grids as baselines, or project and column"
             )
-        if layout.method != "single" and layout.ranks != ranks:
+    check_rivals(main, rivals)
+
+
+def check_rivals(main: ParallelConfig, rivals: list[tuple[str, ParallelConfig]]) -> None:
+    """Check that each rival, by its name, has the main method's ranks or is alone, and is there once."""
+    names = [to_name(main)]
+    for name, layout in rivals:
+        if layout.method != "single" and layout.ranks != main.ranks:
             raise ConfigError(
-                f"baseline={name} has {layout.ranks} ranks, and it shares the {ranks} of {names[0]}; "
+                f"baseline={name} has {layout.ranks} ranks, and it shares the {main.ranks} of {names[0]}; "
                 "choose sizes of that product"
             )
         if to_name(layout) in names:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,19 @@ def model_dim(path: str | None, name: str) -> int | str:
     Raises:
         ConfigError, PartitionError: if the folder does not tell.
     """
-    if path is None:
-        raise ConfigError(f"model.path is not given; {_WANTED}")
-    if name == "name":
-        return Path(path).resolve().name or "pretrained"
-    return int(getattr(shape_of(Path(path)), name))
+    folder = folder_at(path)
+    return folder.resolve().name or "pretrained" if name == "name" else int(getattr(shape_of(folder), name))
+
+
+def folder_at(path: str | None) -> Path:
+    """A folder as people name it: a shell leaves the ~ after an equals sign alone.
+
+    Raises:
+        ConfigError: if none is named.
+    """
+    if not path:
+        raise ConfigError(f"model.path is not given; {_WANTED}, or take model=smollm2")
+    return Path(os.path.expanduser(path))
 
 
 def shape_of(folder: Path) -> PretrainedShape:

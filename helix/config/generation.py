@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from helix.config.check import check_device, check_logger, check_started, check_values
-from helix.config.folder import check_dims, check_package, refuse_length, shape_of
+from helix.config.check import check_device, check_logger, check_rivals, check_started, check_values
+from helix.config.folder import check_dims, check_package, folder_at, refuse_length, shape_of
 from helix.config.memory import check_generation_memory
-from helix.config.methods import baselines_of, to_name
+from helix.config.methods import baselines_of
 from helix.config.schema import (
     PACKAGE,
-    PRETRAINED,
     ConfigError,
     GenerateConfig,
     InferConfig,
@@ -105,6 +102,11 @@ def check_answers(work: WorkloadConfig) -> None:
             f"workload.seq_len={work.seq_len} is of the benchmark; a prompt has its own length, and "
             "generate.max_new_tokens says how much follows: leave it out, or take workload=generation"
         )
+    if work.warmup < 1:
+        raise ConfigError(
+            "workload.warmup must be at least 1 to generate text, not 0; the first answer is the one that is shown, "
+            "whose memory is measured, and that tells which methods can run"
+        )
     if work.text is not None:
         raise ConfigError("workload.text is of the benchmark; with a pretrained model prompt= is the text")
 
@@ -140,19 +142,11 @@ def check_method(parallel: ParallelConfig) -> None:
 
 
 def _check_baselines(settings: InferConfig) -> None:
-    main = settings.parallel
-    names = [to_name(main)]
-    for name, layout in zip(settings.baseline, baselines_of(settings), strict=True):
+    rivals = list(zip(settings.baseline, baselines_of(settings), strict=True))
+    for name, layout in rivals:
         if layout.method not in RIVALS or layout.data != 1:
             raise ConfigError(f"baseline={name} does not generate text; methods that do are named like {_NAMED}")
-        if layout.method != "single" and layout.ranks != main.ranks:
-            raise ConfigError(
-                f"baseline={name} has {layout.ranks} ranks, and it shares the {main.ranks} of {names[0]}; choose "
-                "sizes of that product"
-            )
-        if to_name(layout) in names:
-            raise ConfigError(f"baseline={name} is there already; name each method once")
-        names.append(to_name(layout))
+    check_rivals(settings.parallel, rivals)
 
 
 def check_pretrained(model: ModelConfig) -> None:
@@ -160,15 +154,13 @@ def check_pretrained(model: ModelConfig) -> None:
     if model.path == PACKAGE:
         check_package()
         return
-    if model.path is None:
-        raise ConfigError(f"model.path is not given; model.kind={PRETRAINED} needs a folder, or take model=smollm2")
-    check_shape(model, shape_of(Path(model.path)))
+    check_shape(model, shape_of(folder_at(model.path)))
 
 
 def known_shape(model: ModelConfig) -> PretrainedShape:
     """The sizes that are known before the files of a package are there."""
     if model.path is not None and model.path != PACKAGE:
-        return shape_of(Path(model.path))
+        return shape_of(folder_at(model.path))
     kv_heads = model.kv_heads or model.heads
     sizes = model.layers, model.width, model.heads, kv_heads, model.head_dim, model.mlp_hidden, model.vocab
     return PretrainedShape("llama", *sizes, context=model.context or 1, tied=True)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 
 def figure(value: float) -> str:
-    """A number to four significant digits, or whole and grouped by thousands from 1000 up."""
+    """A number to four significant digits, or whole and grouped by thousands from 1000 up, up to 1e9."""
     if value == 0:
         return "0"
+    if abs(value) >= 1e9:
+        return f"{value:.3g}"
     return f"{value:,.0f}" if abs(value) >= 999.95 else f"{value:.4g}"
 
 

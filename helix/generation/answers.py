@@ -28,6 +28,9 @@ class Answer:
     def __init__(self, tokenizer: Any, prompt: Sequence[int], ends: frozenset[int], stop: Sequence[str] = ()) -> None:
         self._tokenizer, self._before = tokenizer, list(prompt[-_BEFORE:])
         self._ends, self._stop = ends, tuple(stop)
+        self._hidden = len(self._decode(self._before))
+        # A token is a byte at least, so that so many hold a stop text that the last of them completes.
+        self._tail = max((len(text.encode()) for text in self._stop), default=0) + _BEFORE
         self.tokens: list[int] = []
         self.count, self.finished = 0, False
 
@@ -40,8 +43,7 @@ class Answer:
             self.finished = True
             return
         self.tokens.append(token)
-        if self._stop and self._cut(self._decoded()) is not None:
-            self.finished = True
+        self.finished = bool(self._stop) and self._cut(self._end()) is not None
 
     @property
     def text(self) -> str:
@@ -68,8 +70,11 @@ class Answer:
         return min(found, default=None)
 
     def _decoded(self) -> str:
-        before = self._decode(self._before)
-        return self._decode(self._before + self.tokens)[len(before) :]
+        return self._decode(self._before + self.tokens)[self._hidden :]
+
+    def _end(self) -> str:
+        """Enough of it to see that a stop text is complete, at a cost that does not grow with the answer."""
+        return self._decoded() if len(self.tokens) <= self._tail else self._decode(self.tokens[-self._tail :])
 
     def _decode(self, tokens: list[int]) -> str:
         decoded: str = self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)

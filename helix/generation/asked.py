@@ -8,7 +8,7 @@ from pathlib import Path
 
 from helix.checkpoint.asked import check_inference
 from helix.checkpoint.content import CheckpointError
-from helix.config.folder import refuse_length
+from helix.config.folder import folder_at, refuse_length
 from helix.config.generation import check_shape, prompts_of
 from helix.config.schema import PACKAGE, PRETRAINED, ConfigError, GenerateConfig, InferConfig
 from helix.partition.families import PretrainedShape, describe
@@ -44,7 +44,7 @@ def folder_of(settings: InferConfig) -> Path:
     Raises:
         CheckpointError: if it cannot be made.
     """
-    return smollm2.folder() if settings.model.path == PACKAGE else Path(str(settings.model.path)).resolve()
+    return smollm2.folder() if settings.model.path == PACKAGE else folder_at(settings.model.path).resolve()
 
 
 def check_tokenizer(folder: Path, prompts: list[str], generate: GenerateConfig, shape: PretrainedShape) -> None:

@@ -5,3 +5,7 @@ from __future__ import annotations
 
 class Diverged(RuntimeError):
     """Ranks that chose different tokens."""
+
+
+class CannotRun(RuntimeError):
+    """The method that was asked for failed in its first answer, in its own words."""

@@ -13,13 +13,12 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch.distributed as dist
-from torch import Tensor
 
 from helix.checkpoint.content import CheckpointError
 from helix.config.schema import ParallelConfig, WorkloadConfig
 from helix.generation.contenders import Contender, Source, contender
-from helix.generation.errors import Diverged
-from helix.generation.passes import Heard, Moment, Task, answer, answer_recorded, check_agreement
+from helix.generation.errors import CannotRun, Diverged
+from helix.generation.passes import Heard, Moment, Steps, Task, answer, answer_recorded, check_agreement
 from helix.generation.views import View, make_printable, view_for
 from helix.partition.grid import PartitionError
 from helix.study.memory import PeakMemory
@@ -43,7 +42,7 @@ class Found:
         counts: tokens of each answer, batch by batch.
         moments: of each run, the recorded steps, the prompt's first.
         tokens, texts: of each answer, in the order of the prompts; the same in every run.
-        logits: [B, V] after the prompts of the first batch; on rank 0.
+        steps: the last recorded ones; on rank 0.
     """
 
     host: str
@@ -56,7 +55,7 @@ class Found:
     moments: list[list[Moment]] = field(default_factory=list)
     tokens: list[list[int]] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
-    logits: Tensor | None = None
+    steps: Steps | None = None
 
     def keep_answers(self, heard: list[Heard]) -> None:
         self.counts = [[one.count for one in each.answers] for each in heard]
@@ -92,33 +91,33 @@ def measure(
             running[name] = together(partial(contender, source, layout))
             found[name] = Found(socket.gethostname(), running[name].weight_bytes(), running[name].idle_ranks)
             for _ in range(protocol.work.warmup):
-                together(partial(_warm_up, task, running[name], found[name], view))
+                _warm_up(task, running[name], found[name], view)
                 view = None  # only the first answers of the main method are shown
         except Refused as refused:
             if number == 0:
                 if isinstance(refused.__cause__, (PartitionError, CheckpointError, Diverged)):
                     raise refused.__cause__ from None
-                raise RuntimeError(f"{name} cannot run: {refused}") from refused.__cause__
+                raise CannotRun(f"{name} cannot run: {refused}") from refused.__cause__
             for each in (running, found):
                 each.pop(name, None)
             refusals[name] = str(refused)
             gc.collect()
-    _take_turns(protocol, task, running, found, tracker, view)
+    _take_turns(protocol, task, running, found, tracker)
     return found, refusals, running
 
 
 def _warm_up(task: Task, each: Contender, found: Found, view: View | None) -> None:
+    """Answer everything once; what fails on one rank fails on all, before any has gone on to the next collective.
+
+    Raises:
+        Refused: on every rank.
+    """
     memory = PeakMemory(task.device)
-    heard = _answer_all(task, each, view)
+    heard = [together(partial(answer, task, each, which, view)) for which in task.prompts.batches]
+    together(partial(check_agreement, heard, each))
     found.growth_bytes = max(found.growth_bytes, memory.growth())
     found.cache_bytes = max(one.cache_bytes for one in heard)
     found.keep_answers(heard)
-
-
-def _answer_all(task: Task, each: Contender, view: View | None = None) -> list[Heard]:
-    heard = [answer(task, each, which, view) for which in task.prompts.batches]
-    check_agreement(heard, each)
-    return heard
 
 
 def _take_turns(
@@ -127,7 +126,6 @@ def _take_turns(
     running: dict[str, Contender],
     found: dict[str, Found],
     tracker: Tracker,
-    view: View | None,
 ) -> None:
     work = protocol.work
     turns = list(take_turns(list(running), 0, work.iterations, work.runs))
@@ -141,10 +139,10 @@ def _take_turns(
             if turn.kind is Kind.RECORDED:
                 recorded = answer_recorded(task, each, task.prompts.batches[0])
                 own.moments.append(recorded.moments)
-                own.logits = recorded.logits if dist.get_rank() == 0 else None
+                own.steps = recorded.steps if dist.get_rank() == 0 else None
             else:
-                heard = _answer_all(task, each, view)
-                view = None
+                heard = [answer(task, each, which) for which in task.prompts.batches]
+                check_agreement(heard, each)
                 own.cache_bytes = max(own.cache_bytes, *(one.cache_bytes for one in heard))
                 own.keep_answers(heard)
                 if len(own.timed) <= turn.run:

@@ -79,11 +79,25 @@ class Moment:
 
 
 @dataclass(frozen=True)
+class Steps:
+    """What the first steps of one batch's answers came to: logits[S, B, V], and the tokens[B, S] chosen from them."""
+
+    logits: Tensor
+    tokens: Tensor
+
+    @classmethod
+    def of(cls, out: Any) -> Steps:
+        """From what `generate` returned, with its logits."""
+        logits = torch.stack(out.logits).float().cpu()
+        return cls(logits, out.sequences[:, -len(logits) :].cpu())
+
+
+@dataclass(frozen=True)
 class Recorded:
-    """A few tokens' steps of one batch on one rank, the prompt's first, and logits[B, V] after the prompt."""
+    """A few tokens' steps of one batch on one rank, the prompt's first."""
 
     moments: list[Moment]
-    logits: Tensor | None
+    steps: Steps | None
 
 
 @torch.inference_mode()
@@ -115,7 +129,7 @@ def answer_recorded(task: Task, contender: Contender, which: range) -> Recorded:
         step = listener.moved[index] - moved, listener.calls[index] - calls
         moments.append(Moment(begin, end, own, *step))
         begin, moved, calls = end, listener.moved[index], listener.calls[index]
-    return Recorded(moments, None if out is None else out.logits[0].float().cpu())
+    return Recorded(moments, None if out is None else Steps.of(out))
 
 
 def _generate(
@@ -125,7 +139,8 @@ def _generate(
     model = contender.model
     if model is None:
         return time.monotonic(), None
-    torch.manual_seed(task.seed)  # the same on all ranks, which then draw the same tokens
+    # The same on all ranks, which then draw the same tokens; in each batch others, even for the same prompt.
+    torch.manual_seed(task.seed + which.start)
     batch = task.prompts.tensors(which, task.pad, task.device)
     most = min(task.generate.max_new_tokens, limit or task.generate.max_new_tokens)
     options = chosen(task.generate, model, ends, task.pad, most)

@@ -69,8 +69,7 @@ def measurement(parallel: ParallelConfig, ranks: Sequence[Found], model: Model, 
     tpot = [each[1] for each in times if each[1] is not None]
     step = tpot or ttft  # one token: no step but the prompt's
     parts = _parts(ranks)
-    batch = len(model.prompts.batches[0])
-    comm, wait, compute = (None, None, None) if parts is None else _per_token(parts, batch)
+    comm, wait, compute = (None, None, None) if parts is None else _per_step(parts)
     return Measurement(
         method=label(parallel, model),
         tokens_per_s=summarize(_rates(first)),
@@ -145,13 +144,12 @@ def _parts(ranks: Sequence[Found]) -> list[Parts] | None:
     return out
 
 
-def _per_token(parts: Sequence[Parts], batch: int) -> tuple[Summary, Summary, Summary]:
-    """Transfer, wait and compute in ms a token."""
-    ms = 1e3 / batch
+def _per_step(parts: Sequence[Parts]) -> tuple[Summary, Summary, Summary]:
+    """Transfer, wait and compute in ms of a decode step: as the time per output token is, a token of each answer."""
     return (
-        summarize([each.transfer_s * ms for each in parts]),
-        summarize([each.wait_s * ms for each in parts]),
-        summarize([each.compute_s * ms for each in parts]),
+        _ms([each.transfer_s for each in parts]),
+        _ms([each.wait_s for each in parts]),
+        _ms([each.compute_s for each in parts]),
     )
 
 

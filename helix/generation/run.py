@@ -25,7 +25,7 @@ from helix.generation.contenders import Contender, Source
 from helix.generation.measure import Found, Protocol, measure
 from helix.generation.passes import Task
 from helix.generation.results import Model, label, measurement, rival
-from helix.generation.sampling import ends_of, padding
+from helix.generation.sampling import ending_texts, ends_of, of_folder, padding
 from helix.generation.table import show
 from helix.generation.tokens import Prompts, encode, read_tokenizer
 from helix.generation.verify import compare, expected
@@ -44,6 +44,9 @@ from helix.study.report import (
     write,
 )
 from helix.study.tracking import Tracker, track, tracked_at
+
+# The others wait in a collective while rank 0 answers everything alone; that a rank was killed the launcher sees.
+_TIMEOUT_S = 24 * 3600.0
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ def run(settings: InferConfig, run_dir: Path) -> None:
     given = read(settings)
     device = resolve_device(settings.device, local_ranks(settings.parallel.ranks))
     arguments = settings, given, run_dir, device, began, time.time()
-    reports = launch(_rank, *arguments, ranks=settings.parallel.ranks, device=device)
+    reports = launch(_rank, *arguments, ranks=settings.parallel.ranks, device=device, timeout_s=_TIMEOUT_S)
     if reports[0] is not None and speaks():
         make_printable()
         show(reports[0])
@@ -80,7 +83,7 @@ def read(settings: InferConfig) -> Given:
     folder = folder_of(settings)
     shape = shape_of(folder)
     check_shape(settings.model, shape)
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(folder)
     # One import serves all ranks.
@@ -93,9 +96,9 @@ def read(settings: InferConfig) -> Given:
     prompts = encode(
         tokenizer, prompts_of(settings), generate.chat, work.batch_size, generate.max_new_tokens, shape.context
     )
-    own = GenerationConfig.from_pretrained(folder) if (folder / "generation_config.json").is_file() else None
     model = Model(shape, prompts, ITEMSIZE[settings.precision])
-    return Given(folder, model, prompts, tokenizer, ends_of(config, own, tokenizer))
+    ends = ends_of(config, of_folder(folder), tokenizer) | ending_texts(tokenizer, stop_texts(generate))
+    return Given(folder, model, prompts, tokenizer, ends)
 
 
 def _be_quiet() -> None:
@@ -148,8 +151,8 @@ def _verify(task: Task, source: Source, found: dict[str, Found], running: dict[s
     if dist.get_rank() == 0:
         reference = expected(task, source)
         for name, each in found.items():
-            assert each.logits is not None
-            accuracies[name] = compare(each.tokens, each.logits, reference)
+            assert each.steps is not None
+            accuracies[name] = compare(each.tokens, each.steps, reference)
     dist.barrier()
     return accuracies
 
@@ -223,13 +226,17 @@ def _headline(report: Report) -> dict[str, Any]:
     for name in ("ttft_ms", "tpot_ms"):
         if (summary := getattr(report, name)) is not None:
             figures[f"{name}/mean"] = summary.mean
+    if (each := report.collectives) is not None:
+        figures |= {"collectives/per_step": each.per_step, "collectives/per_layer": each.per_layer}
+        for name in ("transfer_us", "wait_us", "share_of_step"):
+            figures[f"collectives/{name}/mean"] = getattr(each, name).mean
     if report.accuracy.tokens_equal is not None:
         figures |= {"tokens_equal": report.accuracy.tokens_equal, "relative_error": report.accuracy.relative_error}
     if report.comm_bytes_per_rank_per_step.predicted is not None:
         figures["bytes_agree"] = report.comm_bytes_per_rank_per_step.agrees
-    for each in report.baselines:
-        if isinstance(each, Rival):
-            figures[f"speed_ratio/{each.method.name}"] = each.paired.ratio
+    for other in report.baselines:
+        if isinstance(other, Rival):
+            figures[f"speed_ratio/{other.method.name}"] = other.paired.ratio
     if report.generation is not None:
         figures["answers"] = json.dumps(list(report.generation.answers), ensure_ascii=False)
     return figures

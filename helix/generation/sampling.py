@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from transformers import GenerationConfig, PreTrainedModel
 
-from helix.config.schema import GenerateConfig
+from helix.config.schema import ConfigError, GenerateConfig
 
 # A token that no model has. Without any, the folder's own would end an answer.
 _NEVER = 2**31 - 1
+
+
+def of_folder(folder: Path) -> GenerationConfig | None:
+    """What a model's folder says of generation.
+
+    Raises:
+        ConfigError: if it is no legal configuration.
+    """
+    file = folder / "generation_config.json"
+    if not file.is_file():
+        return None
+    try:
+        return GenerationConfig.from_pretrained(folder)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{file} cannot be used: {reason}; correct it, or remove it") from None
 
 
 def ends_of(model_config: Any, generation_config: Any, tokenizer: Any) -> frozenset[int]:
@@ -19,6 +37,12 @@ def ends_of(model_config: Any, generation_config: Any, tokenizer: Any) -> frozen
         if found is not None:
             return frozenset(found if isinstance(found, list | tuple) else [found])
     return frozenset()
+
+
+def ending_texts(tokenizer: Any, stop: Sequence[str]) -> frozenset[int]:
+    """The tokens of stop texts that are special tokens, which are never in an answer's text."""
+    special = {each.content: number for number, each in tokenizer.added_tokens_decoder.items() if each.special}
+    return frozenset(special[text] for text in stop if text in special)
 
 
 def padding(tokenizer: Any, ends: frozenset[int]) -> int:
@@ -47,7 +71,9 @@ def chosen(
     return GenerationConfig(
         max_new_tokens=limit or generate.max_new_tokens,
         num_beams=1,
+        num_return_sequences=1,
         use_cache=True,
+        cache_implementation="dynamic",  # a cache that grows is the one that can be cut; a folder may ask for others
         return_dict_in_generate=True,
         pad_token_id=pad,
         eos_token_id=sorted(ends) or [_NEVER],

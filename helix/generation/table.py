@@ -6,14 +6,16 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from helix.study.report import NOT_VERIFIED, Accuracy, Measurement, Refusal, Report, Rival, Traffic
-from helix.study.statistics import Paired, Summary
-from helix.study.table import columns, figure, mark, size, summaries, tracked_line
+from helix.config.words import figure, size
+from helix.study.report import NOT_VERIFIED, Accuracy, Refusal, Report, Traffic
+from helix.study.statistics import Summary
+from helix.study.table import columns, mark, summaries, times_as_fast, tracked_line, turns_rows, turns_table
+from helix.study.terminal import Terminal
 
 
 def show(report: Report, console: Console | None = None) -> None:
     """Print the table of a report."""
-    (console or Console()).print(render(report))
+    (console or Terminal()).print(render(report))
 
 
 def render(report: Report) -> RenderableType:
@@ -58,9 +60,9 @@ def _figures(report: Report) -> Table:
         ("time to first token, ms", report.ttft_ms),
         ("time per output token, ms", report.tpot_ms),
         ("tokens/s", report.tokens_per_s),
-        ("communication, ms/token", report.comm_ms_per_token),
-        ("waiting for ranks, ms/token", report.wait_ms_per_token),
-        ("computing, ms/token", report.compute_ms_per_token),
+        ("communication, ms/step", report.comm_ms_per_token),
+        ("waiting for ranks, ms/step", report.wait_ms_per_token),
+        ("computing, ms/step", report.compute_ms_per_token),
     ]
     if (each := report.collectives) is not None:
         rows += [("one collective, us", each.transfer_us), ("waiting for it, us", each.wait_us)]
@@ -122,8 +124,8 @@ def _accuracy(report: Report) -> Text:
     line = Text("Every token")
     if not accuracy.tokens_equal:
         line = Text.assemble(("Not every token", "bold red"))
-    line.append(" is the one that transformers alone gives in one process; relative error of the logits after the ")
-    line.append(f"prompt {accuracy.relative_error:.1e}.")
+    line.append(" is the one that transformers alone gives in one process; relative error of the logits ")
+    line.append(f"{accuracy.relative_error:.1e}.")
     if not accuracy.tokens_equal:
         line.append(f" {_differing(accuracy)}")
     return line
@@ -138,18 +140,14 @@ def _differing(accuracy: Accuracy) -> str:
 def _side_by_side(report: Report) -> Table:
     """The main method and its baselines, which took turns with it, in the order in which they were named."""
     main = report.method.name
-    table = columns("taking turns", "TTFT ms", "TPOT ms", f"{main} is x", "p", "weights", "tokens")
-    table.columns[0].min_width = 10
-    table.padding = (0, 1, 0, 0)  # closer than the others: seven columns in 80
-    rows: list[tuple[Measurement | Refusal, Paired | None]] = [(report, None)]
-    rows += [(each, each.paired if isinstance(each, Rival) else None) for each in report.baselines]
-    for each, paired in rows:
+    table = turns_table(report, 10, "TTFT ms", "TPOT ms", f"{main} is x", "p", "weights", "tokens")
+    for each, paired in turns_rows(report):
         if isinstance(each, Refusal):
             table.add_row(each.method.name, "", "", Text("did not run", style="yellow"))
             continue
         ratio = p = ""
         if paired is not None:
-            ratio, p = f"{paired.ratio:.2f} ({paired.ci95[0]:.2f}..{paired.ci95[1]:.2f})", f"{paired.p:.1g}"
+            ratio, p = times_as_fast(paired), f"{paired.p:.1g}"
         ttft, tpot = ("-" if one is None else figure(one.mean) for one in (each.ttft_ms, each.tpot_ms))
         equal = {True: "equal", False: "differ", None: "-"}[each.accuracy.tokens_equal]
         table.add_row(each.method.name, ttft, tpot, ratio, p, size(each.memory_bytes_per_rank.weights), equal)
@@ -167,10 +165,9 @@ def _notes(report: Report) -> list[RenderableType]:
             notes.append(f"{each.method.name} did not run: {each.error}")
             continue
         if each.paired_ttft is not None:
-            ratio = each.paired_ttft
             notes.append(
-                f"To the first token {report.method.name} is {ratio.ratio:.2f} ({ratio.ci95[0]:.2f} .. "
-                f"{ratio.ci95[1]:.2f}) times as fast as {each.method.name}."
+                f"To the first token {report.method.name} is {times_as_fast(each.paired_ttft)} times as fast as "
+                f"{each.method.name}."
             )
         if each.idle_ranks:
             notes.append(f"{each.method.name} leaves {each.idle_ranks} of {report.world_size} ranks idle.")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import Protocol
 
 from rich.console import Console
@@ -13,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from helix.generation.answers import Answer
+from helix.study.terminal import Terminal
 
 _KEPT = "\n\t"
 
@@ -29,7 +29,7 @@ class View(Protocol):
 
 def view_for(prompts: int, chat: bool, console: Console | None = None) -> View:
     """The view of so many prompts on standard output: a terminal, or a file or pipe."""
-    console = console or Console(highlight=False)
+    console = console or Terminal(highlight=False)
     if prompts == 1:
         return Stream(console, chat)
     return Board(console, chat) if console.is_terminal else Lines(console, chat)
@@ -59,9 +59,7 @@ class Stream:
         self._write(shown(answers[0].text[self._written :]) + "\n\n")
 
     def _write(self, text: str, style: str | None = None) -> None:
-        with suppress(BrokenPipeError):  # whoever read it has seen enough; the run goes on
-            self.console.print(Text(text, style=style or ""), end="", soft_wrap=True)
-            self.console.file.flush()
+        self.console.print(Text(text, style=style or ""), end="", soft_wrap=True)
 
 
 class Lines:
@@ -83,18 +81,14 @@ class Lines:
         for index, answer in enumerate(answers):
             self._say(index, answer)
         self._before += len(answers)
-        with suppress(BrokenPipeError):
-            self.console.print()
+        self.console.print()
 
     def _say(self, index: int, answer: Answer) -> None:
         if index in self._said:
             return
         self._said.add(index)
-        with suppress(BrokenPipeError):
-            self.console.print(
-                whole(self._before + index, self._prompts[index], answer.text, self._chat), soft_wrap=True
-            )
-            self.console.file.flush()
+        text = whole(self._before + index, self._prompts[index], answer.text, self._chat)
+        self.console.print(text, soft_wrap=True)
 
 
 class Board:

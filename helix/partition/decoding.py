@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from helix.partition import wire
 from helix.partition.architectures import FAMILIES
-from helix.partition.families import PretrainedShape
+from helix.partition.families import PretrainedShape, expert_share
 from helix.partition.grid import Grid
 from helix.partition.phases import Phases, stride_of
 from helix.partition.schedules import row_chunks
@@ -105,13 +105,18 @@ class GenerationCost:
     def weight_bytes(self) -> int:
         """Bytes of the matrices and the layers' norms that a rank holds, with the zeros that make shares even.
 
-        Of a model without biases and norms of heads, as Llama, these are all parameters.
+        Of Llama and Mixtral these are all parameters; others have biases, norms of heads, or more or fewer norms.
         """
         shape, p, family = self.shape, self.grid.ranks, FAMILIES[self.shape.family]
         attention = (2 * shape.heads + 2 * shape.kv_heads) * shape.head_dim // p * shape.width
-        matrices = len(family.mlp.columns) + 1
-        mlp = matrices * -(-shape.mlp_hidden // p) * shape.width
         if shape.experts:
-            mlp = shape.experts * (mlp + shape.width) + 3 * -(-shape.shared_hidden // p) * shape.width
-        vocabulary = (1 if shape.tied else 2) * -(-shape.vocab // p) * shape.width
-        return (shape.layers * (attention + mlp + 2 * shape.width) + vocabulary + shape.width) * self.itemsize
+            rows = shape.experts * 3 * expert_share(shape.mlp_hidden, p, self.itemsize)
+            routers = shape.experts + (1 if shape.shared_hidden else 0)  # and the gate of the MLP beside
+            mlp = (rows + routers + 3 * -(-shape.shared_hidden // p)) * shape.width
+        else:
+            mlp = (len(family.mlp.columns) + 1) * -(-shape.mlp_hidden // p) * shape.width
+        entries = (1 if shape.tied else 2) * -(-shape.vocab // p)
+        if len(family.embeddings) > 1:
+            entries += -(-shape.context // p)
+        ends = (entries + 1) * shape.width
+        return (shape.layers * (attention + mlp + 2 * shape.width) + ends) * self.itemsize

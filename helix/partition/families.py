@@ -34,7 +34,6 @@ class PretrainedShape:
         mlp_hidden: of the MLP; in a mixture, of each expert.
         vocab: entries of the embedding.
         context: the positions that it was made for.
-        window: how many tokens back a sliding layer sees; None if all its layers see all.
         experts, top_k: in a layer, and of a token; 0 without experts.
         shared_hidden: of the MLP beside the experts; 0 if there is none.
         tied: whether the head is the embedding.
@@ -50,7 +49,6 @@ class PretrainedShape:
     mlp_hidden: int
     vocab: int
     context: int
-    window: int | None = None
     experts: int = 0
     top_k: int = 0
     shared_hidden: int = 0
@@ -72,6 +70,18 @@ class PretrainedShape:
             PartitionError: naming what does not divide, with the legal (m, n) of this many ranks.
         """
         grid.check(self.heads, self.kv_heads, self.head_dim)
+
+
+def expert_share(hidden: int, ranks: int, itemsize: int) -> int:
+    """How many of an expert's hidden features a rank has, with zeros to the multiple of 16 bytes that torch wants.
+
+    Its grouped matrix product does, which transformers calls for experts.
+
+    Args:
+        itemsize: bytes of one number of the weights.
+    """
+    multiple = max(1, 16 // itemsize)
+    return -(-hidden // ranks // multiple) * multiple
 
 
 def describe(config: Mapping[str, Any]) -> PretrainedShape:
@@ -107,7 +117,6 @@ def describe(config: Mapping[str, Any]) -> PretrainedShape:
         mlp_hidden=4 * width if kind == "gpt2" and read.optional(keys.mlp_hidden) is None else read.size(wide),
         vocab=read.number("vocab_size"),
         context=read.size("context"),
-        window=_window(config),
         experts=experts,
         top_k=read.number("num_experts_per_tok") if experts else 0,
         shared_hidden=read.number("shared_expert_intermediate_size") if shared else 0,
@@ -181,11 +190,3 @@ def _divided(width: int, heads: int, kind: str) -> int:
     if width % heads:
         raise PartitionError(f"the {heads} heads of this {kind} model do not divide its width {width}")
     return width // heads
-
-
-def _window(config: Mapping[str, Any]) -> int | None:
-    kinds = config.get("layer_types")
-    if config.get("use_sliding_window") is False or (kinds and "sliding_attention" not in kinds):
-        return None
-    window: int | None = config.get("sliding_window")
-    return window

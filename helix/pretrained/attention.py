@@ -39,7 +39,7 @@ def attend(
         [B, T, H@head, D@slice], and no weights.
 
     Raises:
-        ValueError: for a mask that differs from head to head.
+        ValueError: for a mask that differs from head to head, or keys that were changed since the cache gave them.
     """
     place: Place = module.helix  # type: ignore[assignment]
     held, place.held = place.held, None
@@ -47,7 +47,11 @@ def attend(
     if mask is not None and mask.shape[1] != 1:
         raise ValueError(f"a partitioned model takes masks that all heads share, not one of {mask.shape[1]} heads")
     scoring = Scoring(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, dropout)
-    if held is not None and held.keys is key:
+    if held is not None:
+        if held.keys is not key:
+            raise ValueError(
+                "attention got other keys than the partitioned cache handed out; nothing may change them between"
+            )
         mask = None if mask is None else mask[..., held.columns]
         with own_draws(scoring, query.device):
             return held.sharing.decode(query, key, value, mask, scoring).transpose(1, 2), None

@@ -50,7 +50,7 @@ class DealtLayer(DynamicLayer):
             All keys and values if these are the first, which the prefill then cuts as it likes; else this rank's
             part of those that the new tokens can see, of which `Place.held` tells the attention function.
         """
-        first, count = self._length, key_states.shape[2]
+        first, count, self.place.held = self._length, key_states.shape[2], None
         if self._sharing is None:
             return self._begin(key_states, value_states)
         sharing, store, seen = self._sharing, self._store, self.window.start(first)
@@ -184,6 +184,8 @@ def deal(model: PreTrainedModel, places: Mapping[int, Place], grid: Grid) -> Non
     kv_heads = shape.kv_heads // grid.n
 
     def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        for place in places.values():
+            place.held = None  # of a call that did not come to its end
         given = dict(zip(names, args, strict=False)) | kwargs
         inputs = given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
         cache = given.get("past_key_values")

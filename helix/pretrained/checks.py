@@ -19,6 +19,7 @@ from helix.partition.architectures import Family
 from helix.partition.families import PretrainedShape, describe
 from helix.partition.grid import PartitionError
 from helix.partition.phases import Phases
+from helix.pretrained.generating import generator_state
 from helix.pretrained.structure import (
     experts_of,
     family_of,
@@ -172,9 +173,7 @@ class Calls:
 
     def _check_in_step(self, device: torch.device) -> None:
         """Once, before the first training step: what all ranks hold alike, each drops out for itself."""
-        cuda = device.type == "cuda"
-        state = torch.cuda.get_rng_state(device) if cuda else torch.get_rng_state()
-        own = torch.tensor([zlib.crc32(state.numpy().tobytes())], device=device)
+        own = torch.tensor([zlib.crc32(generator_state(device).numpy().tobytes())], device=device)
         if transport.all_gather(own, self.axis, "seed").unique().numel() > 1:
             raise PartitionError(
                 "dropout needs the same random numbers on every rank; call torch.manual_seed with the same seed on "

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from helix.partition.architectures import Experts, Projections
-from helix.partition.families import PretrainedShape, describe
+from helix.partition.families import PretrainedShape, describe, expert_share
 from helix.partition.grid import Grid, shard_range
 from helix.pretrained.structure import (
     experts_of,
@@ -21,9 +21,6 @@ from helix.pretrained.structure import (
     sizes,
     tensor,
 )
-
-# torch's grouped matrix product, which transformers calls for experts, wants rows of a multiple of 16 bytes.
-EXPERT_MULTIPLE = 8
 
 
 @dataclass(frozen=True)
@@ -168,10 +165,11 @@ def _linear_cut(linear: nn.Module, path: str, cut: Cut, bias: bool) -> dict[str,
 
 def _expert_cuts(layer: nn.Module, names: Experts, grid: Grid, rank: int) -> dict[str, Cut]:
     """The same share of each expert's gates and ups, and of its downs; each padded by itself."""
-    hidden = tensor(layer.get_submodule(names.module), names.down).shape[2]
+    whole = tensor(layer.get_submodule(names.module), names.down)
+    hidden = whole.shape[2]
     even = share(2, hidden, grid, rank)
     ((start, stop),) = even.runs
-    lengths = (-(-even.length // EXPERT_MULTIPLE) * EXPERT_MULTIPLE,)
+    lengths = (expert_share(hidden, grid.ranks, whole.element_size()),)
     down = Cut(2, even.runs, lengths)
     gate_up = Cut(1, ((start, stop), (hidden + start, hidden + stop)), 2 * lengths)
     return {f"{names.module}.{names.gate_up}": gate_up, f"{names.module}.{names.down}": down}

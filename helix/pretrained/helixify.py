@@ -14,8 +14,9 @@ from helix.partition.phases import Phases
 from helix.pretrained import cache
 from helix.pretrained.attention import NAME
 from helix.pretrained.checks import Calls, check, forbid
-from helix.pretrained.cuts import cuts as cuts
+from helix.pretrained.cuts import cuts
 from helix.pretrained.experts import cut_experts
+from helix.pretrained.generating import watch
 from helix.pretrained.layers import Columns, Entry, Gathered, HeadNorm, Heads, Projection, Rows
 from helix.pretrained.sharing import Place
 from helix.pretrained.structure import (
@@ -40,7 +41,8 @@ def helixify(model: PreTrainedModel, mesh: Mesh, schedule: str | Phases = "auto"
     norms, biases of sums and routers stay whole. The model's own code goes on computing masks, rotary embeddings,
     norms of heads and windows, and `forward`, `generate` and `loss.backward()` give every rank what the whole model
     would give it. A parameter's gradient is that of the rank's part; of one that stays whole, it is complete. Make an
-    optimizer afterwards, of the parts; for dropout in training, seed all ranks alike.
+    optimizer afterwards, of the parts; for sampling, and for dropout in training, seed all ranks alike. Convert it to
+    its dtype before.
 
     A model on the meta device gets parts on the meta device; `helix.pretrained.loading` reads them from a folder.
 
@@ -102,6 +104,7 @@ def partition(
     model.register_forward_pre_hook(Calls(mesh.model), with_kwargs=True)
     cache.deal(model, places, mesh.grid)
     forbid(model)
+    watch(model, mesh.model)
     model.helix = mesh  # type: ignore[assignment]  # no module, and not saved
     return model
 

@@ -10,6 +10,8 @@ from torch import Tensor
 
 # Scores that are formed at once where no fused kernel does without them: 16 MB in fp32.
 BLOCK_SCORES = 2**22
+# Of so few query rows, as decoding has, 16-bit scores are formed in fp32: widening the keys costs little then.
+FEW_ROWS = 8
 
 
 class Scoring(NamedTuple):
@@ -73,7 +75,9 @@ def partial(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scoring: Scori
     """
     wide = torch.promote_types(q.dtype, torch.float32)
     if k.shape[2] == 0:
-        return q * 0, q.new_full((*q.shape[:3], 1), torch.finfo(wide).min, dtype=wide)
+        # Tied to the graph, as in `attention`.
+        out = q * 0 + (k.sum() + v.sum()) * 0
+        return out, q.new_full((*q.shape[:3], 1), torch.finfo(wide).min, dtype=wide)
     if _is_plain(q, mask, scoring):
         return _fused(q, k, v, mask, scoring)
     outs, sums = zip(*(_explicit(*block, scoring) for block in _blocks(q, k, v, mask)), strict=True)
@@ -134,7 +138,11 @@ def _explicit(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scoring: Sco
     batch, heads, rows, _ = q.shape
     groups, keys = k.shape[1:3]
     wide = torch.promote_types(q.dtype, torch.float32)
-    scores = (_packed(q, k) @ k.mT).to(wide) * scoring.scale
+    if rows <= FEW_ROWS:
+        scores = (_packed(q, k).to(wide) * scoring.scale) @ k.to(wide).mT
+    else:
+        # Scaled first, as 16 bits may be too few for products that are not.
+        scores = ((_packed(q, k).to(wide) * scoring.scale).to(q.dtype) @ k.mT).to(wide)
     if scoring.softcap is not None:
         scores = torch.tanh(scores / scoring.softcap) * scoring.softcap
     if mask is not None:

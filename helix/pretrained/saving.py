@@ -109,7 +109,7 @@ def _begin(
         _copy_tokenizer(model.name_or_path or "", writer.folder)
     except BaseException as error:
         writer.discard()
-        if isinstance(error, ValueError):  # transformers' for a configuration that contradicts itself
+        if isinstance(error, (ValueError, TypeError)):  # a configuration that contradicts itself, or is no JSON
             raise CheckpointError(f"{folder} cannot be written: {sentence(error)}") from error
         raise
     return writer
@@ -121,7 +121,7 @@ def _whole(model: PreTrainedModel) -> PreTrainedModel:
     config.dtype, config.architectures = model.dtype, [type(model).__name__]
     with torch.device("meta"):
         whole: PreTrainedModel = type(model)(config)
-    return whole
+    return whole.to(model.dtype)  # type: ignore[arg-type]  # which the class makes in torch's default
 
 
 def _plan(
@@ -132,7 +132,11 @@ def _plan(
     tensors, state = {}, whole.state_dict()
     for names in ties(whole):
         used = next((name for name in names if name in cut), names[0])
-        tensors[names[0]] = own[used].detach()
+        tensors[names[0]] = part = own[used].detach()
+        if used in cut and part.shape[cut[used].dim] != cut[used].length:  # experts' padding depends on it
+            raise CheckpointError(
+                f"{used} was cut for another dtype than {model.dtype}; convert the model before that"
+            )
     wholes = {name: torch.empty(state[name].shape, dtype=each.dtype, device="meta") for name, each in tensors.items()}
     views = revert_weight_conversion(whole, wholes)  # experts of one storage, which counts as each one's size
     stored = {key: torch.empty(view.shape, dtype=view.dtype, device="meta") for key, view in views.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from helix.comm import collectives
@@ -38,8 +39,10 @@ class _Rows:
     def enter(self, module: nn.Module, args: tuple[Tensor, ...]) -> Tensor:
         """ids[B, T] -> the rank's row of each; row 0 for others' ids, whose output `leave` sets to 0."""
         ids = args[0]
-        if not ids.is_cuda and ids.numel() and not (ids.min() >= 0 and ids.max() < self.vocab):
-            # On a GPU the comparison would wait for all work; there an embedding's own kernel does not raise either.
+        if ids.is_cuda:
+            # As an embedding's own kernel there: it stops the device, and the host need not wait for the answer.
+            torch._assert_async(((ids >= 0) & (ids < self.vocab)).all(), f"ids must be 0 to {self.vocab - 1}")
+        elif ids.numel() and not (ids.min() >= 0 and ids.max() < self.vocab):
             raise IndexError(
                 f"ids must be 0 to {self.vocab - 1}, and there is one of {int(ids.min())} or {int(ids.max())}"
             )

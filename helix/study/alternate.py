@@ -17,9 +17,9 @@ import torch.distributed as dist
 from rich.table import Table
 from torch import Tensor
 
+from helix.config.words import figure
 from helix.study.progress import progress_bar
 from helix.study.statistics import Ratio, ratio_interval, summarize
-from helix.study.table import figure
 
 Step = Callable[[], Tensor]
 # Of one rank: (start, end) of each step by each alternative, in seconds of the machine's monotonic clock.

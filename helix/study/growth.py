@@ -22,12 +22,12 @@ from scipy import optimize
 from helix.command.sweep import SweepJob, report_of
 from helix.config.methods import from_name
 from helix.config.schema import ITEMSIZE, PRETRAINED, InferConfig, expert_parallel, to_options, to_shape
+from helix.config.words import figure, size
 from helix.partition.grid import Grid
 from helix.partition.options import AttentionOptions
 from helix.partition.schedules import SCHEDULES, refusal
 from helix.partition.transformer_cost import TransformerCost
 from helix.study.plots import STYLE, save
-from helix.study.table import figure, size
 
 # Distinct in grey too: by marker and by dash. Colours are those of Okabe and Ito, for every kind of colour vision.
 LOOKS: dict[str, dict[str, Any]] = {

@@ -22,7 +22,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from helix.config.environment import gpus
-from helix.study.table import figure
+from helix.config.words import figure
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -176,7 +176,8 @@ class Measurement:
         compute_ms_per_token: the rest of the step. The three are of recorded steps and None where ranks have no
             common clock; where more ranks than cores share a machine, all three hold time in which another rank
             had the core. For methods whose collectives are another library's (tp, pp, cp, ulysses, autotp, hf_tp)
-            it holds the cost of watching every operator too: compare step times, not this.
+            it holds the cost of watching every operator too: compare step times, not this. Of generation the three
+            are of a decode step, as `tpot_ms` is: one token of each of the batch's answers.
         idle_ranks: ranks of the launch that the method left without work.
         bubble: of a pipeline.
         ttft_ms, tpot_ms: of generation: from the prompt handed over to the first token, and mean time of a token

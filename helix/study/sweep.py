@@ -14,7 +14,7 @@ from rich.text import Text
 from helix.command.sweep import SweepJob, labels, others, outcome, report_of
 from helix.config.methods import to_name
 from helix.config.schema import InferConfig
-from helix.study.table import figure, size
+from helix.config.words import figure, size
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -33,6 +33,8 @@ _TEXT = (
     "started_at",
     "reference",
 )
+# Of generation: figures of the collectives, some of them summaries.
+_COUNTS, _TIMES = ("per_step", "per_layer"), ("transfer_us", "wait_us", "share_of_step")
 WIDE = 96  # columns of a terminal
 # Summaries of the report: the mean in a column of this name, its 95 % interval in _low and _high.
 _SUMMARIES = ("tokens_per_s", "step_ms", "comm_ms_per_token", "ttft_ms", "tpot_ms")
@@ -173,6 +175,7 @@ def _row_names() -> list[str]:
     names = ["job", "label", "status", "reason", "method", "m", "n", "data", "stage", "schedule", "world_size"]
     names += ["model", "batch_size", "seq_len"]
     names += [name + end for name in _SUMMARIES for end in ("", "_low", "_high")]
+    names += [f"collectives_{name}" for name in (*_COUNTS, *_TIMES)]
     names += ["weights_bytes", "kv_cache_bytes", "peak_bytes", "sent_bytes"]
     names += ["reference", "relative_error", "relative_error_to_h_heads", "tokens_equal"]
     return [*names, "overrides", "others", "started_at", "folder"]
@@ -213,6 +216,9 @@ def _measures(report: dict[str, Any]) -> dict[str, Any]:
     if about := report.get("generation"):
         row |= {"batch_size": min(len(about["prompts"]), report["workload"]["batch_size"])}
         row |= {"seq_len": max(about["prompt_tokens"])}
+    if each := report.get("collectives"):
+        row |= {f"collectives_{name}": each[name] for name in _COUNTS}
+        row |= {f"collectives_{name}": each[name]["mean"] for name in _TIMES}
     schedules = (report["method"].get("schedule") or {}).values()  # rivals have none
     return row | {
         "method": report["method"]["name"],

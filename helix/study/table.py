@@ -13,6 +13,7 @@ from rich.text import Text
 from helix.config.words import figure, size
 from helix.study.report import Measurement, Refusal, Report, Rival
 from helix.study.statistics import Paired, Summary
+from helix.study.terminal import Terminal
 
 _REFERENCES = {
     "mha_fp32_single": "the same model on one device in FP32",
@@ -23,7 +24,7 @@ _REFERENCES = {
 
 def show(report: Report, console: Console | None = None) -> None:
     """Print the table of a report."""
-    (console or Console()).print(render(report))
+    (console or Terminal()).print(render(report))
 
 
 def render(report: Report) -> RenderableType:
@@ -134,22 +135,32 @@ def _accuracy(report: Report) -> Text:
     return Text.assemble("Relative error ", (f"{accuracy.relative_error:.1e}", "bold"), f" against {reference}.")
 
 
+def turns_table(report: Report, least: int, *names: str) -> Table:
+    """A table with a row for each method that took turns, whose names are never broken; the first is `least` wide."""
+    table = columns("taking turns", *names)
+    table.columns[0].no_wrap = True
+    table.columns[0].min_width = max(least, *(len(each.method.name) for each in (report, *report.baselines)))
+    table.padding = (0, 1, 0, 0)  # closer than the others: seven columns in 80
+    return table
+
+
+def turns_rows(report: Report) -> list[tuple[Measurement | Refusal, Paired | None]]:
+    """The main method and each of its baselines, with what the main one is in comparison."""
+    rows: list[tuple[Measurement | Refusal, Paired | None]] = [(report, None)]
+    return rows + [(each, each.paired if isinstance(each, Rival) else None) for each in report.baselines]
+
+
 def _side_by_side(report: Report) -> Table:
     """The main method and its baselines, which took turns with it, in the order in which they were named."""
     main = report.method.name
-    table = columns("taking turns", "tokens/s", f"{main} is x", "p", "weights", "sent", "error")
-    table.columns[0].min_width = 12
-    table.padding = (0, 1, 0, 0)  # closer than the others: seven columns in 80
-    rows: list[tuple[Measurement | Refusal, Paired | None]] = [(report, None)]
-    rows += [(each, each.paired if isinstance(each, Rival) else None) for each in report.baselines]
-    for each, paired in rows:
+    table = turns_table(report, 12, "tokens/s", f"{main} is x", "p", "weights", "sent", "error")
+    for each, paired in turns_rows(report):
         if isinstance(each, Refusal):
             table.add_row(each.method.name, "", Text("did not run", style="yellow"))
             continue
         ratio = p = ""
         if paired is not None:
-            ratio = f"{paired.ratio:.2f} ({paired.ci95[0]:.2f}..{paired.ci95[1]:.2f})"
-            p = f"{paired.p:.1g}"
+            ratio, p = times_as_fast(paired), f"{paired.p:.1g}"
         sent = size(sum(each.comm_bytes_per_rank_per_step.executed.values()))
         cells = (figure(each.tokens_per_s.mean), ratio, p, size(each.memory_bytes_per_rank.weights), sent)
         table.add_row(each.method.name, *cells, f"{each.accuracy.relative_error:.0e}")
@@ -201,3 +212,9 @@ def _perslice_notice(report: Report, distance: float) -> Panel:
 def mark(agrees: bool) -> Text:
     """Whether two figures agree."""
     return Text("✓", style="green") if agrees else Text("✗ differ", style="bold red")
+
+
+def times_as_fast(paired: Paired) -> str:
+    """A ratio with its 95 % interval, whose ends may be far apart where few runs scatter."""
+    ratio, low, high = (f"{each:.2f}" if abs(each) < 999.5 else f"{each:.3g}" for each in (paired.ratio, *paired.ci95))
+    return f"{ratio} ({low}..{high})"

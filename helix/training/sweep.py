@@ -15,8 +15,8 @@ from rich.text import Text
 from helix.command.sweep import SweepJob, labels, outcome, report_of
 from helix.config.methods import to_name
 from helix.config.train_schema import TrainConfig
+from helix.config.words import figure
 from helix.study.sweep import unfinished, write_table
-from helix.study.table import figure
 from helix.training.compare import Estimate, Setting, difference, final_bpb, loss_gaps, settings_of
 
 if TYPE_CHECKING:
