@@ -191,6 +191,7 @@ class InferConfig:
         ckpt: a checkpoint, or a folder of them (its newest whole one), whose weights all methods run with; null for
             weights drawn from the seed.
         profile: whether a trace of every rank is written.
+        dry_run: whether nothing is run, but traced in one process without a number in memory: `helix.dryrun`.
     """
 
     REPORT: ClassVar[str] = "report.json"
@@ -207,6 +208,7 @@ class InferConfig:
     ckpt: str | None = None
     precision: str = one_of("32-true", tuple(ITEMSIZE))
     profile: bool = False
+    dry_run: bool = False
     seed: int = at_least(0, 0)
     device: str = one_of("auto", ("auto", "cpu", "cuda"))
 
