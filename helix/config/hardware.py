@@ -2,11 +2,61 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
 from helix.config.bounds import at_least, bounded
+
+
+@dataclass
+class MeasuredProducts:
+    """Matrix products whose smallest dim is `width`: the part of the peak that they reach.
+
+    Args:
+        width: of each point, ascending.
+        share: of `matmul_*`'s peak; low, high: its 95 % interval.
+    """
+
+    width: list[int] = field(default_factory=list)
+    share: list[float] = field(default_factory=list)
+    low: list[float] = field(default_factory=list)
+    high: list[float] = field(default_factory=list)
+
+
+@dataclass
+class MeasuredAttention:
+    """Causal fused attention with heads of `head_dim`, its masked half not counted.
+
+    Args:
+        length: tokens of a sequence at each point, ascending.
+        share: of `matmul_*`'s peak; low, high: its 95 % interval.
+    """
+
+    head_dim: int = MISSING
+    length: list[int] = field(default_factory=list)
+    share: list[float] = field(default_factory=list)
+    low: list[float] = field(default_factory=list)
+    high: list[float] = field(default_factory=list)
+
+
+@dataclass
+class MeasuredExchange:
+    """One collective in all groups of `group` of a job's `ranks` at once.
+
+    Args:
+        kind: all_gather, reduce_scatter, all_reduce or all_to_all.
+        bytes: that each rank sends at each point, by `helix.partition.wire`'s count, ascending.
+        us: of one call; low, high: its 95 % interval.
+    """
+
+    kind: str = MISSING
+    ranks: int = MISSING
+    group: int = MISSING
+    bytes: list[int] = field(default_factory=list)
+    us: list[float] = field(default_factory=list)
+    low: list[float] = field(default_factory=list)
+    high: list[float] = field(default_factory=list)
 
 
 @dataclass
@@ -24,6 +74,11 @@ class HardwareConfig:
         link_*: between devices of an island; host_link_*: what each device has to those of other islands. A latency
             is that of the smallest exchange between two devices.
         kernel_us: time of the smallest operation on a device.
+        rank_MB: what a rank's process takes besides weights and activations: buffers of its libraries.
+        ranks_take_turns: whether more ranks than devices may share them, each as fast as its turns allow: on a CPU,
+            whose devices are cores.
+        products, attention, exchanges: measured curves (`python -m helix calibrate`), which go before the rates and
+            shares above; empty where nobody has measured.
         time_error_share: part by which step times were off what this file predicts, at the median, where that was
             measured.
     """
@@ -48,4 +103,9 @@ class HardwareConfig:
     host_link_share: float | None = bounded(None, above=0, at_most=1)
     host_link_latency_us: float | None = at_least(0, None)
     kernel_us: float | None = at_least(0, None)
+    rank_MB: float | None = at_least(0, None)
+    ranks_take_turns: bool = False
     time_error_share: float | None = at_least(0, None)
+    products: MeasuredProducts = field(default_factory=MeasuredProducts)
+    attention: list[MeasuredAttention] = field(default_factory=list)
+    exchanges: list[MeasuredExchange] = field(default_factory=list)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml  # type: ignore[import-untyped]
+from omegaconf import OmegaConf
 
 import helix
 from helix.config.folder import CONFIG, shape_of
@@ -25,7 +26,8 @@ def hardware(name: str) -> HardwareConfig:
     Raises:
         ConfigError: if there is none, with those that there are.
     """
-    return HardwareConfig(**_read("hardware", name))
+    content = OmegaConf.merge(OmegaConf.structured(HardwareConfig), _read("hardware", name))
+    return cast(HardwareConfig, OmegaConf.to_object(content))
 
 
 def model(name: str) -> ModelConfig:

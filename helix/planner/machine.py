@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 
 from helix.config.schema import ConfigError, HardwareConfig
+from helix.planner.curves import Exchanges, Shares
 
 # The catalogue's key for each precision in Lightning's names: what matrix products read.
 _PEAK = {
@@ -38,6 +39,10 @@ class Machine:
         link_bytes_per_s, host_link_bytes_per_s: one device, one direction, inside an island and out of it.
         link_s, host_link_s: the smallest exchange between two devices.
         kernel_s: the smallest operation.
+        rank_bytes: of a rank's process besides weights and activations.
+        turns: ranks that share one device, each of which waits for the others' operations.
+        shares: parts of the peak that operations reach by their size, where they were measured.
+        exchanges: times of collectives inside an island, where they were measured.
         error: part by which times were off at the median, where that was measured; None where never.
     """
 
@@ -53,19 +58,36 @@ class Machine:
     link_s: float
     host_link_s: float
     kernel_s: float
+    rank_bytes: float = 0.0
+    turns: float = 1.0
+    shares: Shares | None = None
+    exchanges: Exchanges | None = None
     error: float | None = None
 
-    def matmul(self, flops: float, nbytes: float) -> float:
-        """Seconds of one matrix product: its arithmetic or its memory traffic, whichever takes longer."""
-        return max(flops / self.flops_per_s, nbytes / self.memory_bytes_per_s) + self.kernel_s
+    def matmul(self, flops: float, nbytes: float, width: float = math.inf) -> float:
+        """Seconds of one matrix product: its arithmetic or its memory traffic, whichever takes longer.
 
-    def attention(self, flops: float, nbytes: float) -> float:
-        """Seconds of fused attention."""
-        return max(flops / self.attention_flops_per_s, nbytes / self.memory_bytes_per_s) + self.kernel_s
+        Args:
+            width: the smallest of its three dims.
+        """
+        rate = self.flops_per_s
+        if self.shares is not None:
+            rate *= self.shares.products(width)
+        return self._operation(flops / rate, nbytes)
+
+    def attention(self, flops: float, nbytes: float, head_dim: float = math.inf, length: float = math.inf) -> float:
+        """Seconds of fused attention with heads of `head_dim` over sequences of `length`."""
+        rate = self.attention_flops_per_s
+        if self.shares is not None:
+            rate = self.flops_per_s * self.shares.attending(head_dim, length)
+        return self._operation(flops / rate, nbytes)
 
     def stream(self, nbytes: float) -> float:
         """Seconds of an operation that only reads and writes."""
-        return nbytes / self.memory_bytes_per_s + self.kernel_s
+        return self._operation(0.0, nbytes)
+
+    def _operation(self, computing_s: float, nbytes: float) -> float:
+        return (max(computing_s, nbytes / self.memory_bytes_per_s) + self.kernel_s) * self.turns
 
     def spread(self, size: int, stride: int) -> int:
         """How many ranks of a group have each other in their island, where the fewest have: ranks r + stride * k.
@@ -89,6 +111,8 @@ class Machine:
         if size == 1 or nbytes == 0:
             return 0.0
         local = self.spread(size, stride)
+        if self.exchanges is not None and local == size:
+            return self.exchanges.seconds(kind, nbytes, size, min(self.devices, self.island))
         islands = -(-size // local)
         if kind == "all_to_all":
             steps = max(self.link_s if local > 1 else 0.0, self.host_link_s if islands > 1 else 0.0)
@@ -126,6 +150,8 @@ def machine_of(hardware: HardwareConfig, precision: str, devices: int | None = N
         needed.append("hosts")
     count = devices or (hardware.hosts or 1) * (hardware.devices_per_host or 1)
     island = hardware.devices_per_island or hardware.devices_per_host or 1
+    if hardware.ranks_take_turns:
+        island = max(island, count)
     needed += [*(_WITHIN if count > 1 else ()), *(_ACROSS if count > island else ())]
     missing = [f"hardware.{key}" for key in needed if _is_missing(key, getattr(hardware, key))]
     if missing:
@@ -147,6 +173,7 @@ def _machine(hardware: HardwareConfig, precision: str, devices: int, island: int
     def seconds(key: str) -> float:
         return (getattr(hardware, key) or 0.0) * 1e-6
 
+    turns = devices / (hardware.devices_per_host or 1) if hardware.ranks_take_turns else 1.0
     return Machine(
         name=hardware.name,
         devices=devices,
@@ -160,5 +187,9 @@ def _machine(hardware: HardwareConfig, precision: str, devices: int, island: int
         link_s=seconds("link_latency_us"),
         host_link_s=seconds("host_link_latency_us"),
         kernel_s=seconds("kernel_us"),
+        rank_bytes=(hardware.rank_MB or 0.0) * 1e6,
+        turns=max(1.0, turns),
+        shares=shares(hardware),
+        exchanges=exchanges(hardware.exchanges),
         error=hardware.time_error_share,
     )
