@@ -12,7 +12,7 @@ from helix.config.hardware import HardwareConfig, MeasuredExchange
 
 @dataclass(frozen=True)
 class Curve:
-    """Positive values at ascending positive places; straight between two on logarithmic scales, level beyond both ends.
+    """Positive values at ascending places: straight between two on logarithmic scales, level beyond both ends.
 
     Args:
         proportional: whether values grow in proportion beyond the last place, as times do with bytes.

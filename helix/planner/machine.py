@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 
 from helix.config.schema import ConfigError, HardwareConfig
+from helix.planner import curves
 from helix.planner.curves import Exchanges, Shares
 
 # The catalogue's key for each precision in Lightning's names: what matrix products read.
@@ -189,7 +190,7 @@ def _machine(hardware: HardwareConfig, precision: str, devices: int, island: int
         kernel_s=seconds("kernel_us"),
         rank_bytes=(hardware.rank_MB or 0.0) * 1e6,
         turns=max(1.0, turns),
-        shares=shares(hardware),
-        exchanges=exchanges(hardware.exchanges),
+        shares=curves.shares(hardware),
+        exchanges=curves.exchanges(hardware.exchanges),
         error=hardware.time_error_share,
     )
