@@ -8,7 +8,7 @@ from typing import Any
 from omegaconf import MISSING
 
 
-def one_of(default: str, choices: tuple[str, ...]) -> Any:
+def one_of(default: str | None, choices: tuple[str, ...]) -> Any:
     """A field that holds one of a few words."""
     return field(default=default, metadata={"choices": choices})
 

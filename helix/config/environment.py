@@ -79,7 +79,12 @@ def most_ranks() -> int:
     """
     if "HELIX_MAX_RANKS" in os.environ:
         return _number("HELIX_MAX_RANKS")
-    return max(16, 8 * len(os.sched_getaffinity(0)), gpus())
+    return max(16, 8 * cores(), gpus())
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))
 
 
 def resolve_device(device: str, local_ranks: int) -> str:
@@ -87,6 +92,16 @@ def resolve_device(device: str, local_ranks: int) -> str:
     if device != "auto":
         return device
     return "cuda" if gpus() >= local_ranks else "cpu"
+
+
+def memory_bytes() -> int:
+    """All memory that processes of this host can have, a container's limit included."""
+    whole = int(psutil.virtual_memory().total)
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+    except OSError:  # no version-2 control groups here
+        return whole
+    return whole if limit == "max" else min(whole, int(limit))
 
 
 def free_memory_bytes() -> int:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
-from helix.config.schema import DECODES, ConfigError, InferConfig, ParallelConfig
+from helix.config.parallel import AUTO, DECODES
+from helix.config.schema import ConfigError, InferConfig, ParallelConfig
 from helix.partition.schedules import SCHEDULES
 
 # By `ParallelConfig.method`. n of a peer is the number of ranks that share one replica and stage.
@@ -52,6 +53,7 @@ def from_name(name: str) -> ParallelConfig:
 def to_name(layout: ParallelConfig) -> str:
     """The method's name; `from_name` reads it. A schedule is part of it where it was asked for."""
     name = {
+        AUTO: AUTO,  # for which nothing was found
         "helix": f"helix_{layout.m}x{layout.n}",
         "single": "single",
         "data": f"dp{layout.data}",

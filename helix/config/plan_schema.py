@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
+from helix.config.parallel import GOALS
 from helix.config.schema import HardwareConfig, ModelConfig, WorkloadConfig, at_least, one_of
 from helix.config.train_schema import PRECISIONS
 
 MODES = ("forward", "train", "generate")
-GOALS = ("throughput", "latency", "ttft", "tpot", "memory")
 RECOMPUTE = ("none", "selective", "full")
 
 

@@ -16,16 +16,12 @@ from omegaconf import MISSING
 
 from helix.config.bounds import at_least, bounded, one_of
 from helix.config.hardware import HardwareConfig
+from helix.config.parallel import ParallelConfig
 from helix.partition.grid import Grid
 from helix.partition.grid import PartitionError as PartitionError
 from helix.partition.options import AttentionOptions
-from helix.partition.phases import DECODE
-from helix.partition.schedules import SCHEDULES
 from helix.partition.shape import TransformerShape, default_expert_parallel
 
-METHODS = ("helix", "single", "data", "tensor")
-PEERS = ("context", "ulysses", "autotp", "transformers")  # of other projects: baselines only
-DECODES = ("auto", *DECODE)  # how a head group's cache is cut over its m ranks
 # Bytes of one stored weight by precision, in Lightning's names; "true" means weights and arithmetic alike.
 ITEMSIZE = {"64-true": 8, "32-true": 4, "bf16-true": 2, "16-true": 2}
 
@@ -60,35 +56,6 @@ class Settings(Protocol):
 
     @property
     def logger(self) -> LoggerConfig: ...
-
-
-@dataclass
-class ParallelConfig:
-    """How one model is laid over ranks: m feature slices x n head groups x data replicas x pipeline stages.
-
-    For other methods than Helix m is 1, and n the ranks that share one replica's stage. `concat` matters to
-    `aggregate=concat` only; of the attention's options the others read `residual` alone (tensor parallelism).
-    `microbatches` is the number that a pipeline cuts a step into. `helix.config.methods` has each method's name.
-    While text is generated, `schedule` is of the prompt and `decode` of the tokens after it.
-    """
-
-    method: str = one_of("helix", METHODS)
-    m: int = at_least(1)
-    n: int = at_least(1)
-    data: int = at_least(1, 1)
-    stage: int = at_least(1, 1)
-    schedule: str = one_of("auto", ("auto", *SCHEDULES))
-    decode: str = one_of("auto", DECODES)
-    aggregate: str = one_of("project", ("project", "concat"))
-    concat: str = one_of("hierarchical", ("hierarchical", "flat"))
-    projection: str = one_of("column", ("column", "block"))
-    residual: str = one_of("sharded", ("sharded", "replicated"))
-    microbatches: int = at_least(1, 4)
-
-    @property
-    def ranks(self) -> int:
-        """Processes of the whole job."""
-        return self.m * self.n * self.data * self.stage
 
 
 @dataclass
@@ -191,6 +158,7 @@ class InferConfig:
         ckpt: a checkpoint, or a folder of them (its newest whole one), whose weights all methods run with; null for
             weights drawn from the seed.
         profile: whether a trace of every rank is written.
+        chosen: what `parallel=auto` has come to, a `helix.planner.chosen.Chosen`; nobody sets it.
         dry_run: whether nothing is run, but traced in one process without a number in memory: `helix.dryrun`.
     """
 
@@ -211,11 +179,15 @@ class InferConfig:
     dry_run: bool = False
     seed: int = at_least(0, 0)
     device: str = one_of("auto", ("auto", "cpu", "cuda"))
+    chosen: Any = None
 
 
 def digest(settings: Settings) -> str:
-    """Twelve hexadecimal digits that two jobs share if they measure the same; where the results go is left out."""
-    what = {key: value for key, value in asdict(settings).items() if key != "logger"}
+    """Twelve hexadecimal digits that two jobs share if they measure the same; where the results go is left out.
+
+    So is why a layout was chosen: the layout is there.
+    """
+    what = {key: value for key, value in asdict(settings).items() if key not in ("logger", "chosen")}
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from omegaconf import MISSING
 
@@ -25,6 +25,7 @@ from helix.config.memory import RANK_BYTES, stored_parameters
 from helix.config.schema import (
     ITEMSIZE,
     ConfigError,
+    HardwareConfig,
     LoggerConfig,
     Misfit,
     ModelConfig,
@@ -136,6 +137,7 @@ class TrainConfig:
             and its schedule, which is laid over all max_steps.
         max_restarts: how often all ranks are started again after one was killed, to go on from the training's last
             whole checkpoint. A rank that raised an error would raise it again, and is not started again.
+        hardware, chosen: as `InferConfig`'s; a training needs its hardware for `parallel=auto` alone.
     """
 
     REPORT: ClassVar[str] = "train_report.json"
@@ -143,6 +145,7 @@ class TrainConfig:
 
     parallel: TrainParallelConfig = MISSING
     model: ModelConfig = MISSING
+    hardware: HardwareConfig = MISSING
     data: DataConfig = MISSING
     optimizer: OptimizerConfig = MISSING
     trainer: TrainerConfig = MISSING
@@ -153,6 +156,7 @@ class TrainConfig:
     precision: str = one_of("32-true", PRECISIONS)
     seed: int = at_least(0, 0)
     device: str = one_of("auto", ("auto", "cpu", "cuda"))
+    chosen: Any = None
 
 
 def check_training(settings: TrainConfig) -> None:

@@ -61,7 +61,7 @@ def try_out(
     """Build a method and run two steps, the second one counted. All ranks call it.
 
     Args:
-        kind: a name of `helix.config.schema.METHODS` or `PEERS`.
+        kind: a name of `helix.config.parallel.METHODS` or `PEERS`.
         tokens: [B, T] on this rank's device.
         oracle: of the same tokens.
         mesh: see `helix.parallel.methods.build.build`.

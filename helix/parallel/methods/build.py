@@ -13,7 +13,7 @@ def load(methods: Set[str], experts: bool, device_type: str) -> None:
     """Import what these methods need. Whoever forks ranks calls it first: one import serves all of them.
 
     Args:
-        methods: names of `helix.config.schema.METHODS` or `PEERS`.
+        methods: names of `helix.config.parallel.METHODS` or `PEERS`.
         experts: whether the model has any.
     """
     with suppress(ImportError):  # building says it again: a package that is not installed is a peer's result too
@@ -35,7 +35,7 @@ def build(method: str, job: Job, layout: Layout, mesh: Mesh | None = None) -> Me
     """Construct a method's model on all ranks of the launch. Each method's libraries are imported only with it.
 
     Args:
-        method: a name of `helix.config.schema.METHODS` or `PEERS`.
+        method: a name of `helix.config.parallel.METHODS` or `PEERS`.
         mesh: of the layout's axes, if there is one already (Helix only).
 
     Raises:
