@@ -19,11 +19,13 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from helix.command.choose import choose, devices_of
 from helix.command.explain import missing_value, unknown_key
 from helix.command.sweep import SweepJob, folder_name
 from helix.config.folder import model_dim
 from helix.config.methods import to_name
-from helix.config.schema import ConfigError, InferConfig, ParallelConfig, Settings, register
+from helix.config.parallel import AUTO
+from helix.config.schema import ConfigError, InferConfig, ParallelConfig, PartitionError, Settings, register
 
 VERSION_BASE = "1.3"  # of Hydra's defaults; among them, that a job does not change the working directory
 
@@ -128,8 +130,11 @@ def found_jobs(folder: Path, schema: type) -> list[SweepJob]:
             number = OmegaConf.load(config.with_name("hydra.yaml")).hydra.job.num
             overrides = tuple(OmegaConf.load(config.with_name("overrides.yaml")))
             one = cast(Settings, OmegaConf.to_object(settings))
+            one = choose(one)
         except (OmegaConfBaseException, yaml.YAMLError, OSError, AttributeError):  # killed while Hydra wrote it
             continue
+        except (ConfigError, PartitionError):  # nothing was found to choose
+            pass
         jobs.append(SweepJob(number, overrides, one, config.parent.parent))
     return sorted(jobs, key=lambda job: job.number)
 
@@ -179,9 +184,17 @@ def _changes(cfg: DictConfig, prefix: str = "") -> tuple[list[str], list[str]]:
     return added, removed
 
 
-def _ranks(parallel: DictConfig) -> int:
-    return cast(ParallelConfig, OmegaConf.to_object(parallel)).ranks
+def _ranks(parallel: DictConfig, *, _root_: DictConfig) -> int:
+    layout = cast(ParallelConfig, OmegaConf.to_object(parallel))
+    return devices_of(layout, str(_root_.device)) if layout.method == AUTO else layout.ranks
 
 
-def _method_name(parallel: DictConfig) -> str:
-    return to_name(cast(ParallelConfig, OmegaConf.to_object(parallel)))
+def _method_name(parallel: DictConfig, *, _root_: DictConfig) -> str:
+    """A method's name; of one that is to be chosen, the choice's, or AUTO where the job is refused for it."""
+    layout = cast(ParallelConfig, OmegaConf.to_object(parallel))
+    if layout.method == AUTO:
+        try:
+            layout = choose(typed(_root_, Path())).parallel
+        except (ConfigError, PartitionError):
+            return AUTO
+    return to_name(layout)

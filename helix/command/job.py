@@ -12,12 +12,14 @@ import hydra
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from helix.command.choose import choose
 from helix.command.compose import VERSION_BASE, check_folder, typed
 from helix.command.explain import explain
 from helix.command.sweep import SweepJob
 from helix.config import environment
 from helix.config.check import check
 from helix.config.schema import ConfigError, InferConfig, Misfit, PartitionError, Settings
+from helix.planner.chosen import told
 
 # Both are given the command's own configuration: an instance of `Command.schema`.
 Task = Callable[[Any, Path], None]
@@ -66,6 +68,12 @@ def stop(reason: str, code: int) -> NoReturn:
     raise Stop(code, reason)
 
 
+def tell(one: Settings) -> None:
+    """Say on stderr, before a job runs, what its layout was chosen for and why, if it was chosen."""
+    if one.chosen is not None and environment.speaks():
+        print(told(one.chosen), file=sys.stderr, flush=True)
+
+
 def hand_to_hydra(this: Command, job: Callable[[DictConfig], float | None]) -> None:
     """Have Hydra's own command line call `job`, once or for each job of a sweep."""
     hydra.main(version_base=VERSION_BASE, config_path=str(this.conf), config_name=this.name)(job)()
@@ -84,6 +92,7 @@ def settle(this: Command, cfg: DictConfig, folder: str | None = None, where: str
     try:
         one: Settings = typed(cfg, this.conf)
         try:
+            one = choose(one)
             this.check(one)
         except (PartitionError, Misfit) as error:
             misfit = str(error)

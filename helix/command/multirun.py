@@ -29,7 +29,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from helix.command.compose import Composed, found_jobs, job_folder, sweep_folder
-from helix.command.job import Command, Stop, Task, hand_to_hydra, settle, stop
+from helix.command.job import Command, Stop, Task, hand_to_hydra, settle, stop, tell
 from helix.command.sweep import (
     FAILED,
     SKIPPED,
@@ -162,6 +162,7 @@ def _attempt(task: Task, progress: Progress, number: int, one: Settings, folder:
     """Run one job of a sweep; an error in it is kept in its folder."""
     forget(folder)
     progress.begin(number, one)
+    tell(one)
     began, trace = time.monotonic(), ""
     try:
         task(one, folder)

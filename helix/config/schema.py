@@ -57,6 +57,9 @@ class Settings(Protocol):
     @property
     def logger(self) -> LoggerConfig: ...
 
+    @property
+    def chosen(self) -> Any: ...
+
 
 @dataclass
 class ModelConfig:

@@ -30,7 +30,7 @@ from helix.generation.table import show
 from helix.generation.tokens import Prompts, encode, read_tokenizer
 from helix.generation.verify import compare, expected
 from helix.generation.views import make_printable
-from helix.study.inference import DTYPES
+from helix.parallel.methods.configured import DTYPES
 from helix.study.provenance import now
 from helix.study.report import (
     NOT_VERIFIED,
@@ -217,6 +217,7 @@ def _report(
         baselines=baselines,
         wandb=tracked,
         settings=digest(settings),
+        chosen=settings.chosen,
     )
 
 

@@ -9,7 +9,16 @@ from rich.text import Text
 from helix.config.words import figure, size
 from helix.study.report import NOT_VERIFIED, Accuracy, Refusal, Report, Traffic
 from helix.study.statistics import Summary
-from helix.study.table import columns, mark, summaries, times_as_fast, tracked_line, turns_rows, turns_table
+from helix.study.table import (
+    chosen_line,
+    columns,
+    mark,
+    summaries,
+    times_as_fast,
+    tracked_line,
+    turns_rows,
+    turns_table,
+)
 from helix.study.terminal import Terminal
 
 
@@ -25,7 +34,7 @@ def render(report: Report) -> RenderableType:
     parts += [_memory(report), blank, _accuracy(report)]
     if report.baselines:
         parts += [blank, _side_by_side(report), *_notes(report)]
-    return Group(*parts, *tracked_line(report))
+    return Group(*parts, *chosen_line(report.chosen, report.step_ms.mean), *tracked_line(report))
 
 
 def _headline(report: Report) -> Text:

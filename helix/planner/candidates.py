@@ -48,9 +48,19 @@ def candidates(shape: TransformerShape, work: Work, devices: int, asked: Asked) 
                 continue
             ranks = devices // (stage * data)
             for one in _replicas(shape, work, ranks, data, stage):
-                if asked.allows(one) and not (asked.runnable and not one.runs_in(work.mode)):
+                if asked.allows(one) and not (asked.runnable and not _is_method(shape, work, one)):
                     one = one.at(recompute=asked.recompute, shard_data=asked.shard_data)
-                    yield from _scheduled(shape, work, one)
+                    for alike in _scheduled(shape, work, one):
+                        # A command that accumulates gradients is told of smaller batches, not of microbatches.
+                        if not asked.runnable or one.stage > 1 or alike[0].microbatches == 1:
+                            yield alike
+
+
+def _is_method(shape: TransformerShape, work: Work, one: Layout) -> bool:
+    """Whether infer.py or train.py takes this layout; in training, replicas are equal and do not share experts."""
+    if one.method == "data" and work.mode == "train" and one.data > 1:
+        return work.batch % one.data == 0 and not shape.experts
+    return one.runs_in(work.mode)
 
 
 def _replicas(shape: TransformerShape, work: Work, ranks: int, data: int, stage: int) -> Iterator[Layout]:

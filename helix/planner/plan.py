@@ -27,6 +27,7 @@ class Plan:
         goal: throughput, latency, ttft, tpot or memory.
         best: the layout to take.
         rivals: the best layout of each method, the best method first; `best` is among them.
+        runner_up: the best layout with another name than the best one's; None where there is no other.
         pareto: layouts that nothing equals or betters in throughput, latency and memory at once, the fastest first.
         considered: layouts whose dims are legal; fitting: those of them worth costing that fit in memory.
         reasons: why `best` is what it is.
@@ -42,6 +43,7 @@ class Plan:
     goal: str
     best: Estimate
     rivals: tuple[Estimate, ...]
+    runner_up: Estimate | None
     pareto: tuple[Estimate, ...]
     considered: int
     fitting: int
@@ -53,6 +55,7 @@ class Plan:
         """For JSON: times in seconds, memory in bytes."""
         out = asdict(self)
         out["best"] = _as_dict(self.best)
+        out["runner_up"] = None if self.runner_up is None else _as_dict(self.runner_up)
         for name in ("rivals", "pareto"):
             out[name] = [_as_dict(one) for one in getattr(self, name)]
         out["assumptions"] = list(self.assumptions)
@@ -132,6 +135,7 @@ def plan(
         goal=goal,
         best=found.fitting[0],
         rivals=tuple(best_of_methods(found.fitting).values()),
+        runner_up=next((one for one in found.fitting if one.layout.name != found.fitting[0].layout.name), None),
         pareto=tuple(pareto(found.fitting)),
         considered=found.considered,
         fitting=len(found.fitting),

@@ -25,20 +25,11 @@ from helix.checkpoint.restoring import open_checked
 from helix.comm.launch import launch
 from helix.config.environment import local_ranks, resolve_device, speaks
 from helix.config.methods import baselines_of, to_name
-from helix.config.schema import (
-    ITEMSIZE,
-    InferConfig,
-    ParallelConfig,
-    digest,
-    expert_parallel,
-    to_grid,
-    to_options,
-    to_shape,
-)
+from helix.config.schema import InferConfig, ParallelConfig, digest, to_grid, to_shape
 from helix.parallel.methods.build import load
-from helix.parallel.methods.method import Job, Layout
+from helix.parallel.methods.configured import DTYPES, resolve
+from helix.parallel.methods.method import Job
 from helix.parallel.strategy import HelixStrategy
-from helix.partition.cost import cheapest_schedule
 from helix.study.measure import BenchmarkModule, Stopwatch, turn_loader
 from helix.study.profile import profiled
 from helix.study.provenance import now
@@ -48,7 +39,6 @@ from helix.study.table import show
 from helix.study.text import byte_batches, corpus
 from helix.study.tracking import Tracker, track, tracked_at
 
-DTYPES = {"64-true": torch.float64, "32-true": torch.float32, "bf16-true": torch.bfloat16, "16-true": torch.float16}
 # Different batches of text are cycled through, so that a long protocol does not hold all of its tokens at once.
 DISTINCT_BATCHES = 64
 # What one rank found: its figures by method, and the refusals of the others.
@@ -135,24 +125,6 @@ def _own_device(device: str) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else torch.device("cpu")
 
 
-def resolve(settings: InferConfig, parallel: ParallelConfig) -> Layout:
-    """A method's layout, with Helix's `auto` resolved for this batch and length."""
-    model, work = settings.model, settings.workload
-    schedule = parallel.schedule
-    if parallel.method == "helix" and schedule == "auto":
-        schedule = cheapest_schedule(
-            to_shape(model).layout,
-            to_grid(parallel),
-            max(1, work.batch_size // parallel.data),  # too few samples are refused when the model is built
-            work.seq_len,
-            model.causal,
-            ITEMSIZE[settings.precision],
-        )
-    options = to_options(parallel, schedule)
-    ep_size = expert_parallel(model, parallel)
-    return Layout(to_grid(parallel), parallel.data, parallel.stage, options, ep_size, parallel.microbatches)
-
-
 def _tokens(settings: InferConfig) -> torch.Tensor:
     """Batches of bytes of a real text: [batches, batch_size, seq_len], the same on every rank."""
     work = settings.workload
@@ -196,6 +168,7 @@ def _report(settings: InferConfig, began: str, everyone: list[Found], tracked: T
         baselines=baselines,
         wandb=tracked,
         settings=digest(settings),
+        chosen=settings.chosen,
     )
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from helix.planner.chosen import Chosen
 from helix.study.provenance import command, git_commit, versions
 from helix.study.statistics import Paired, Summary
 
@@ -24,6 +25,7 @@ _SELDOM = {
     "first_difference",
     "kv_cache_predicted",
     "paired_ttft",
+    "chosen",
 }
 
 
@@ -232,6 +234,7 @@ class Report(Measurement):
         checkpoint: whose weights all methods ran with; None for weights drawn from the seed.
         baselines: the methods measured beside this one, in the order in which they were named.
         settings: `helix.config.schema.digest` of the configuration.
+        chosen: what `parallel=auto` chose the layout for, and what was predicted of it.
     """
 
     started_at: str
@@ -247,6 +250,7 @@ class Report(Measurement):
     baselines: Sequence[Rival | Refusal] = ()
     wandb: Tracked | None = None
     settings: str | None = None
+    chosen: Chosen | None = None
     versions: dict[str, str] = field(default_factory=versions)
     command: str = field(default_factory=command)
     git_commit: str | None = field(default_factory=git_commit)

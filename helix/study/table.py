@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from helix.config.words import figure, size
+from helix.planner.chosen import Chosen, compared
 from helix.study.report import Measurement, Refusal, Report, Rival
 from helix.study.statistics import Paired, Summary
 from helix.study.terminal import Terminal
@@ -36,7 +37,12 @@ def render(report: Report) -> RenderableType:
         parts.append(_perslice_notice(report, report.accuracy.relative_error_to_h_heads))
     if report.baselines:
         parts += [blank, _side_by_side(report), *_notes(report)]
-    return Group(*parts, *tracked_line(report))
+    return Group(*parts, *chosen_line(report.chosen, report.step_ms.mean), *tracked_line(report))
+
+
+def chosen_line(chosen: Chosen | None, measured_ms: float) -> list[Text]:
+    """What `parallel=auto` had predicted of a step, beside what was measured."""
+    return [] if chosen is None else [Text(), Text(compared(chosen, measured_ms))]
 
 
 def tracked_line(report: Report) -> list[Text]:

@@ -13,8 +13,10 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from helix.planner.chosen import Chosen
 from helix.study.provenance import command, git_commit, versions
 from helix.study.report import MethodLabel, Tracked, plain, write_whole
+from helix.study.table import chosen_line
 from helix.training.resuming import Resumed
 
 
@@ -48,6 +50,7 @@ class TrainReport:
         parameters: of the model.
         model, data, optimizer, trainer: the composed config's groups as plain dicts.
         settings: `helix.config.schema.digest` of the configuration.
+        chosen: what `parallel=auto` chose the layout for, and what was predicted of it.
     """
 
     method: MethodLabel
@@ -71,6 +74,7 @@ class TrainReport:
     precision: str
     seed: int
     settings: str
+    chosen: Chosen | None = None
     learning_rates: list[float] = field(default_factory=list)
     gradient_norms: list[float | None] = field(default_factory=list)
     loss_scales: list[float | None] = field(default_factory=list)
@@ -103,11 +107,18 @@ def show(report: TrainReport, console: Console | None = None) -> None:
 def render(report: TrainReport) -> Group:
     """The table of a report, for any rich console; readable from 80 columns up."""
     parts: list[RenderableType] = [_headline(report), Text(), _curve(report), Text(), _figures(report)]
+    if not math.isnan(report.tokens_per_s):
+        parts += chosen_line(report.chosen, _batch_ms(report))
     if report.wandb is not None and report.wandb.path is not None:
         parts.append(
             Text(f"W&B ({report.wandb.mode}): {report.wandb.path}", style="dim", no_wrap=True, overflow="fold")
         )
     return Group(*parts)
+
+
+def _batch_ms(report: TrainReport) -> float:
+    """Time of one batch, forward and backward; an optimizer's step may have several."""
+    return report.data["batch_size"] * report.data["seq_len"] / report.tokens_per_s * 1e3
 
 
 def _headline(report: TrainReport) -> Text:

@@ -183,5 +183,6 @@ def _report(
         precision=settings.precision,
         seed=settings.seed,
         settings=digest(settings),
+        chosen=settings.chosen,
         wandb=tracked,
     )
