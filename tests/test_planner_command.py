@@ -48,8 +48,15 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert json.loads((tmp_path / "plan.json").read_text())["best"]["name"] == "dp8"
     assert (tmp_path / "plan.png").stat().st_size > 10_000
     main(["plan", "--published"])
-    main(["plan", "--papers"])
+    main(["plan", "--papers", "--json", str(tmp_path / "papers.json")])
     assert "median error 11.7%" in " ".join(capsys.readouterr().out.split())
+    content = json.loads((tmp_path / "papers.json").read_text())
+    assert next(one["model"] for one in content["settings"]) == "paper_dense_16l"
+    assert {"command", "git_commit", "made_at", "versions"} <= set(content)
+    words = ["plan", "--known", "hardware=dgx_h100", "mode=generate", "workload.batch_size=8", "new_tokens=8"]
+    main([*words, "--json", str(tmp_path / "known.json")])
+    assert "deepseek_v3: model=deepseek_v3 has multi-head latent attention" in capsys.readouterr().out
+    assert len(json.loads((tmp_path / "known.json").read_text())["rows"]) == 1 + 4 * 4
 
 
 @pytest.mark.parametrize(
@@ -65,7 +72,10 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         (["model=deepseek_v3"], "model=deepseek_v3 has multi-head latent attention"),
         (["model=llama3_70b", "devices=1"], "memory binds: llama3_70b needs at least"),
         (["--json", "/nowhere/plan.json"], "--json /nowhere/plan.json: there is no folder"),
-        (["--published", "devices=2"], "--published and --papers take no settings"),
+        (["--published", "devices=2"], "--published takes no settings, such as devices=2"),
+        (["--papers", "--plot", "plan.png"], "--plot is of one plan, and not of --papers"),
+        (["--known", "model=smollm2"], "--known has models and numbers of devices of its own, instead of model="),
+        (["--known", "goal=tpot"], "goal=tpot is none of mode=forward"),
     ],
 )
 def test_wrong_input_is_one_sentence_and_exit_code_2(

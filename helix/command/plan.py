@@ -14,12 +14,13 @@ from helix.command.explain import explain
 from helix.config.check import check_values
 from helix.config.plan_schema import PlanConfig
 from helix.config.schema import ConfigError, PartitionError
+from helix.planner import known
 from helix.planner.candidates import Asked
 from helix.planner.catalogue import CONF, check_named, is_folder, model, shape
-from helix.planner.estimate import Estimator
 from helix.planner.machine import machine_of
 from helix.planner.plan import Plan, plan
-from helix.planner.winning import DEVICES, Cell, cells
+from helix.planner.search import check_goal
+from helix.planner.winning import Panel, Place, panels
 from helix.planner.work import Work
 
 
@@ -65,16 +66,30 @@ def plan_of(one: PlanConfig) -> Plan:
     )
 
 
-def map_of(one: PlanConfig) -> list[Cell]:
-    """Where slices win with these settings, over numbers of devices and batches.
+def map_of(one: PlanConfig) -> list[Panel]:
+    """Where slices win with these settings.
 
     Raises:
         ConfigError, PartitionError: as `helix.plan`.
     """
+    check_goal(one.goal, one.mode)
+    devices = machine_of(one.hardware, one.precision, one.devices).devices
+    return panels(Place(shape(one.model, one.mode), one.hardware, devices, work_of(one), one.goal, _asked(one)))
+
+
+def known_of(one: PlanConfig) -> list[known.Row]:
+    """The plans of well-known models with these settings; `model` and `devices` are not asked for.
+
+    Raises:
+        ConfigError: as `helix.plan`.
+    """
+    return list(known.rows(one.hardware, work_of(one), one.goal, _asked(one)))
+
+
+def work_of(one: PlanConfig) -> Work:
+    """What the devices are to do."""
     new_tokens = one.new_tokens if one.mode == "generate" else 0
-    work = Work(one.mode, 1, one.workload.seq_len, new_tokens, one.precision)
-    machine = machine_of(one.hardware, one.precision, max(DEVICES))
-    return cells(Estimator(shape(one.model, one.mode), machine, work), one.goal, _asked(one))
+    return Work(one.mode, one.workload.batch_size, one.workload.seq_len, new_tokens, one.precision)
 
 
 def _asked(one: PlanConfig) -> Asked:

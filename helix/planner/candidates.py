@@ -30,6 +30,11 @@ class Asked:
     shard_data: bool = False
     runnable: bool = False
 
+    @property
+    def sizes(self) -> int:
+        """How many sizes are given."""
+        return sum(size is not None for size in (self.m, self.n, self.data, self.stage))
+
     def allows(self, layout: Layout) -> bool:
         sizes = ("m", "n", "data", "stage")
         return all(getattr(self, name) in (None, getattr(layout, name)) for name in sizes)
@@ -76,7 +81,7 @@ def _replicas(shape: TransformerShape, work: Work, ranks: int, data: int, stage:
     if copies is not None:
         tensor = Layout("tensor", n=ranks, data=data, stage=stage, kv_copies=copies)
         yield tensor
-        if copies > 1 or work.mode == "generate":  # else Helix on 1 x n is just that
+        if ranks > 1 and (copies > 1 or work.mode == "generate"):  # else Helix on 1 x n is just that
             yield tensor.at(sharded=True)
     if ranks == 1:
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 from helix.config.schema import Misfit
 from helix.config.words import size
@@ -24,8 +25,9 @@ def refuse(estimator: Estimator, asked: Asked, found: Found, goal: str, names: t
     Args:
         names: the model's and the hardware's.
     """
+    nearest = _nearest(estimator, asked, goal)
     if found.smallest is None:
-        return Misfit(f"{_no_layout(estimator, asked, names[0])}; {_nearest(estimator, _freed(asked), goal)}")
+        return Misfit(f"{_no_layout(estimator, asked, names[0])}; {nearest}")
     layout, _ = found.smallest
     memory = estimator.memory(layout)
     room = HEADROOM * estimator.machine.memory_bytes
@@ -36,70 +38,133 @@ def refuse(estimator: Estimator, asked: Asked, found: Found, goal: str, names: t
         "cache": memory.cache,
     }
     held = ", ".join(f"{name} {size(count)}" for name, count in parts.items() if count)
-    devices = estimator.machine.devices
     return Misfit(
-        f"memory binds: {names[0]} needs at least {size(memory.total)} a device on {_count(devices)} of {names[1]} "
-        f"({layout.name}: {held}), {size(memory.total - room)} more than the {size(room)} that may be filled; "
-        f"{_nearest(estimator, asked, goal)}"
+        f"memory binds: {names[0]} needs at least {size(memory.total)} a device on "
+        f"{_count(estimator.machine.devices)} of {names[1]}{_fixed(asked)} ({layout.name}: {held}), "
+        f"{size(memory.total - room)} more than the {size(room)} that may be filled; {nearest}"
     )
 
 
 def _no_layout(estimator: Estimator, asked: Asked, model: str) -> str:
-    shape, work, devices = estimator.shape, estimator.work, estimator.machine.devices
+    """The limit that the first size that was given goes beyond, or else that all of them do together."""
+    own = _one_size(estimator, asked, model)
+    if own:
+        return own
+    devices, given = estimator.machine.devices, _given(asked)
+    product = 1
+    for value in given.values():
+        product *= value
+    if devices % product:
+        ranks = _ranks(product)
+        over = f"{product - devices} more than" if product > devices else "which do not divide"
+        rest = "" if product > devices else f" ({devices % product} left over)"
+        return f"the devices bind: {_sizes(given)} {ranks}, {over} {_count(devices)}{rest}"
+    return _divided(estimator, asked, model)
+
+
+def _one_size(estimator: Estimator, asked: Asked, model: str) -> str | None:
+    """A size that the model or the batch does not allow on any number of devices."""
+    shape, batch = estimator.shape, estimator.work.batch
     if asked.stage is not None and asked.stage > shape.layers:
         return (
             f"layers bind: stage={asked.stage} is {asked.stage - shape.layers} more pipeline stages than the "
             f"{shape.layers} layers of {model}"
         )
-    if asked.data is not None and asked.data > work.batch:
-        return f"the batch binds: data={asked.data} replicas are {asked.data - work.batch} more than its sequences"
-    given = {name: getattr(asked, name) for name in _MEANING if getattr(asked, name) is not None}
-    product = 1
-    for value in given.values():
-        product *= value
-    if devices % product:
+    if asked.data is not None and asked.data > batch:
+        return f"the batch binds: data={asked.data} is {asked.data - batch} more replicas than {_sequences(batch)}"
+    if asked.data is not None and batch % asked.data:
         return (
-            f"the devices bind: {_sizes(given)} are {product} ranks, which do not divide {_count(devices)} "
-            f"({devices % product} are left over)"
+            f"the batch binds: data={asked.data} (replicas) does not divide {_sequences(batch)} ({batch % asked.data} "
+            "left over)"
         )
+    features, what = shape.head_dim // shape.layout.parts, "pairs of features" if shape.rope else "features"
+    if asked.m is not None and features % asked.m:
+        return f"head_dim binds: m={asked.m} slices {_over(asked.m, features)} {what} of a head of {model}"
+    if asked.n is not None and shape.heads % asked.n:
+        return (
+            f"heads bind: n={asked.n} groups {_over(asked.n, shape.heads)} heads ({shape.kv_heads} key/value) of "
+            f"{model}"
+        )
+    return None
+
+
+def _over(count: int, of: int) -> str:
+    return f"are {count - of} more than the {of}" if count > of else f"do not divide the {of}"
+
+
+def _divided(estimator: Estimator, asked: Asked, model: str) -> str:
+    """No size by itself is at fault: what each of them could be."""
+    shape, batch, devices = estimator.shape, estimator.work.batch, estimator.machine.devices
     features = shape.head_dim // shape.layout.parts
-    prime = " (a prime number)" if len(divisors(devices)) == 2 else ""
-    fixed = f" with {_sizes(given)}" if given else ""
+    prime = short = ""
+    if len(divisors(devices)) == 2 and not _given(asked):
+        prime, longest = " (a prime number)", max(shape.kv_heads, features, batch, shape.layers)
+        short = f": one of them would have to be {devices}, and the longest is {devices - longest} short"
+        short = short if devices > longest else f": one of them would have to be {devices}"
     return (
-        f"divisibility binds: no layout of {_count(devices)}{prime}{fixed} divides {model}: n divides kv_heads="
-        f"{shape.kv_heads}, m divides {features} features, data the batch of {work.batch}, and stage is at most "
-        f"{shape.layers}"
+        f"divisibility binds: no layout of {_count(devices)}{prime}{_fixed(asked)} divides {model}: n divides "
+        f"kv_heads={shape.kv_heads}, m divides {features} features, data the batch of {batch}, and stage is at most "
+        f"{shape.layers}{short}"
     )
 
 
+def _given(asked: Asked) -> dict[str, int]:
+    return {name: getattr(asked, name) for name in _MEANING if getattr(asked, name) is not None}
+
+
 def _sizes(given: dict[str, int]) -> str:
-    return " and ".join(f"{name}={value} ({_MEANING[name]})" for name, value in given.items())
+    return " x ".join(f"{name}={value} ({_MEANING[name]})" for name, value in given.items())
+
+
+def _fixed(asked: Asked) -> str:
+    """What was asked for besides the devices."""
+    given = _given(asked)
+    sizes = f" with {' '.join(f'{name}={value}' for name, value in given.items())}" if given else ""
+    return sizes + (" that Helix's commands run" if asked.runnable else "")
+
+
+def _ranks(count: int) -> str:
+    return "is 1 rank" if count == 1 else f"are {count} ranks"
+
+
+def _sequences(batch: int) -> str:
+    return "the one sequence of the batch" if batch == 1 else f"the batch of {batch} sequences"
 
 
 def _count(devices: int) -> str:
     return "1 device" if devices == 1 else f"{devices} devices"
 
 
-def _freed(asked: Asked) -> Asked:
-    """Without the sizes that were given, of which one is at fault."""
-    return replace(asked, m=None, n=None, data=None, stage=None)
-
-
 def _nearest(estimator: Estimator, asked: Asked, goal: str) -> str:
-    """The fewest devices above these, or the most below, that some layout fits."""
-    for devices in _counts(estimator.machine.devices):
+    """The layout that fits with the least change."""
+    for devices, wanted in _changes(estimator.machine.devices, asked):
         machine = replace(estimator.machine, devices=devices)
-        found = search(Estimator(estimator.shape, machine, estimator.work), goal, asked)
+        found = search(Estimator(estimator.shape, machine, estimator.work), goal, wanted)
         if found.fitting:
             best = found.fitting[0]
             where = f"{best.layout.name} on {_count(devices)}"
             return f"the nearest that fits is {where}, with {size(best.memory.total)} each"
-    shorter = "a shorter sequence, a smaller batch" + (", recompute=full" if estimator.work.mode == "train" else "")
-    return f"nothing fits on up to {_count(estimator.machine.devices * FARTHEST)} either; take {shorter}"
+    most = _count(estimator.machine.devices * FARTHEST)
+    shorter = ", recompute=full" if estimator.work.mode == "train" and asked.recompute != "full" else ""
+    return f"nothing fits on up to {most} either; take a shorter sequence, a smaller batch{shorter}"
+
+
+def _changes(devices: int, asked: Asked) -> Iterator[tuple[int, Asked]]:
+    """What to try, nearest first: one size that was given, then the number of devices, then that without sizes."""
+    given = _given(asked)
+    others = [(name, value) for name in given for value in divisors(devices) if value != given[name]]
+    for name, value in sorted(others, key=lambda other: abs(other[1] - given[other[0]])):
+        changed: dict[str, Any] = {name: value}
+        yield devices, replace(asked, **changed)
+    for count in _counts(devices):
+        yield count, asked
+    if given:
+        for count in _counts(devices):
+            yield count, replace(asked, m=None, n=None, data=None, stage=None)
 
 
 def _counts(devices: int) -> Iterator[int]:
-    """Numbers of devices to try, nearest first: the same, a few more or fewer, then twice as many and so on."""
+    """Numbers of devices to try, nearest first: the same, a few more or fewer, then half as many more and so on."""
     yield devices
     for step in range(1, 5):
         yield devices + step
@@ -107,6 +172,7 @@ def _counts(devices: int) -> Iterator[int]:
             yield devices - step
     more = devices
     while more < devices * FARTHEST:
+        for count in (more * 3 // 2, more * 2):
+            if count > devices + 4:
+                yield count
         more *= 2
-        if more > devices + 4:
-            yield more

@@ -6,13 +6,13 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from helix.config.schema import HardwareConfig, ModelConfig
+from helix.config.schema import ConfigError, HardwareConfig, ModelConfig
 from helix.planner import catalogue, published
 from helix.planner.candidates import Asked
 from helix.planner.estimate import Estimator
 from helix.planner.limits import refuse
 from helix.planner.machine import machine_of
-from helix.planner.reasons import reasons
+from helix.planner.reasons import few_words, fewer, reasons
 from helix.planner.search import best_of_methods, check_goal, pareto, search
 from helix.planner.work import HEADROOM, Estimate, Work
 
@@ -30,7 +30,7 @@ class Plan:
         runner_up: the best layout with another name than the best one's; None where there is no other.
         pareto: layouts that nothing equals or betters in throughput, latency and memory at once, the fastest first.
         considered: layouts whose dims are legal; fitting: those of them worth costing that fit in memory.
-        reasons: why `best` is what it is.
+        reasons: why `best` is what it is; because: the first of them in a few words.
         error: part by which modelled times were off measured ones at the median, where this hardware's file says;
             None where nobody has measured.
         search_s: how long the search took.
@@ -48,6 +48,7 @@ class Plan:
     considered: int
     fitting: int
     reasons: tuple[str, ...]
+    because: str
     error: float | None
     search_s: float
 
@@ -121,12 +122,16 @@ def plan(
     settings = catalogue.model(model) if isinstance(model, str) else model
     machine_file = catalogue.hardware(hardware) if isinstance(hardware, str) else hardware
     check_goal(goal, mode)
+    if machine_file.memory_GB_per_device == 0:
+        raise ConfigError("hardware.memory_GB_per_device must be more than 0, or null where it does not matter")
     work = Work(mode, batch, length, new_tokens, precision)
     estimator = Estimator(catalogue.shape(settings, mode), machine_of(machine_file, precision, devices), work)
     started = time.perf_counter()
     found = search(estimator, goal, asked)
+    searched = time.perf_counter() - started
     if not found.fitting:
         raise refuse(estimator, asked, found, goal, (settings.name, machine_file.name))
+    less = fewer(estimator, found.fitting[0], goal, asked)
     return Plan(
         model=settings.name,
         hardware=machine_file.name,
@@ -139,9 +144,10 @@ def plan(
         pareto=tuple(pareto(found.fitting)),
         considered=found.considered,
         fitting=len(found.fitting),
-        reasons=tuple(reasons(estimator, found, goal)),
+        reasons=tuple(reasons(estimator, found, goal, asked, less)),
+        because=few_words(estimator, found.fitting[0], less),
         error=estimator.machine.error,
-        search_s=time.perf_counter() - started,
+        search_s=searched,
     )
 
 

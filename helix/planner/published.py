@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from statistics import median
@@ -28,6 +28,7 @@ class Row:
         model, layout: by the table's name and the layout's own.
         measured, modelled: in the table's quantity.
         calculon: Calculon's figure, where it has one.
+        is_speed: whether the figures are speeds; times if not.
     """
 
     model: str
@@ -36,11 +37,17 @@ class Row:
     measured: float
     modelled: float
     calculon: float | None
+    is_speed: bool
 
     @property
     def error(self) -> float:
         """Part by which the modelled figure is above the measured one."""
         return self.modelled / self.measured - 1
+
+    @property
+    def reached(self) -> float:
+        """Part of the modelled speed that was measured."""
+        return self.measured / self.modelled if self.is_speed else self.modelled / self.measured
 
 
 @dataclass(frozen=True)
@@ -65,6 +72,17 @@ class Table:
     def worst(self) -> Row:
         return max(self.rows, key=lambda row: abs(row.error))
 
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: every row with its error."""
+        rows = [asdict(row) | {"error": row.error} for row in self.rows]
+        return asdict(self) | {"rows": rows, "median_error": self.median_error}
+
+
+def reached() -> tuple[float, float]:
+    """The least and the most of a modelled speed that was measured, over all rows of all tables."""
+    parts = [row.reached for one in tables() for row in one.rows]
+    return min(parts), max(parts)
+
 
 def tables() -> list[Table]:
     """Every published table, recomputed."""
@@ -85,10 +103,10 @@ def _row(content: dict[str, Any], row: dict[str, Any]) -> Row:
     machine = machine_of(hardware(content["hardware"]), "16-mixed", layout.ranks)
     work = Work("train", row["batch"], content["length"], precision="16-mixed")
     seconds = Estimator(shape, machine, work).estimate(layout).seconds.total
-    modelled = seconds
-    if content["quantity"].startswith("TFLOP/s"):
-        modelled = _flops(shape, work) / seconds / layout.ranks / 1e12
-    return Row(row["model"], layout.name, row["recompute"], row["measured"], modelled, row.get("calculon"))
+    is_speed = content["quantity"].startswith("TFLOP/s")
+    modelled = _flops(shape, work) / seconds / layout.ranks / 1e12 if is_speed else seconds
+    calculon = row.get("calculon")
+    return Row(row["model"], layout.name, row["recompute"], row["measured"], modelled, calculon, is_speed)
 
 
 def _shape(content: dict[str, Any], name: str) -> TransformerShape:

@@ -130,8 +130,10 @@ def kind(layout: Layout) -> str:
     if layout.method == "helix":
         return "helix, m > 1" if layout.m > 1 else "helix, m = 1"
     if layout.method == "tensor" and layout.kv_copies > 1:
-        return "tensor, with copies of key/value heads"
-    return "tensor, on a sharded stream" if layout.sharded else layout.method
+        return "tensor, KV heads copied"
+    if layout.method == "tensor" and layout.n == 1:
+        return "pipeline"
+    return "tensor, sharded stream" if layout.sharded else layout.method
 
 
 def _figures(one: Estimate) -> tuple[float, ...]:

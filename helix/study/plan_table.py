@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -10,13 +10,21 @@ from rich.table import Table
 from rich.text import Text
 
 from helix.config.words import figure, size
-from helix.planner.papers import BASELINE_TOKENS_PER_S, CLAIMED_TOKENS_PER_S, LENGTH, settings
+from helix.planner import known as known_models
+from helix.planner import published as published_tables
 from helix.planner.plan import Plan
-from helix.planner.published import tables
 from helix.planner.search import GOALS, kind
-from helix.planner.work import Estimate
+from helix.planner.work import Estimate, Work
 
 MOST_ROWS = 8
+# What a goal looks at: a column's title, and an estimate's figure in it.
+_FIGURES: dict[str, tuple[str, Callable[[Estimate], str]]] = {
+    "throughput": ("tokens/s", lambda one: figure(one.tokens_per_s)),
+    "latency": ("ms", lambda one: figure(one.seconds.total * 1e3)),
+    "ttft": ("TTFT, ms", lambda one: figure((one.ttft_s or 0.0) * 1e3)),
+    "tpot": ("TPOT, ms", lambda one: figure((one.tpot_s or 0.0) * 1e3)),
+    "memory": ("tokens/s", lambda one: figure(one.tokens_per_s)),
+}
 
 
 def render(plan: Plan) -> RenderableType:
@@ -35,12 +43,12 @@ def render(plan: Plan) -> RenderableType:
     return Group(*parts)
 
 
-def published() -> RenderableType:
+def published(tables: Sequence[published_tables.Table]) -> RenderableType:
     """Every published table beside the time model, which was not fitted to any of them."""
     parts: list[RenderableType] = []
-    for one in tables():
+    for one in tables:
         table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
-        table.add_column(one.name, min_width=8)
+        table.add_column("model", min_width=5)
         for column in ("layout", "again", "measured", "modelled", "error", "Calculon", "error"):
             table.add_column(column, justify="left" if column in ("layout", "again") else "right", no_wrap=True)
         for row in one.rows:
@@ -51,32 +59,43 @@ def published() -> RenderableType:
             table.add_row(row.model, row.layout, row.recompute, *figures, *rival)
         worst = one.worst
         words = f"{one.quantity}; median error {one.median_error:.1%}, worst {worst.error:+.1%} ({worst.model})"
-        parts += [table, Text(words), Text(one.source.strip(), style="dim"), Text()]
+        title = Text(one.name, style="bold")
+        parts += [title, table, Text(words), Text(one.source.strip(), style="dim"), Text()]
     return Group(*parts)
 
 
-def papers() -> RenderableType:
-    """The papers' settings: claimed, modelled, and what bounds both."""
-    parts: list[RenderableType] = []
-    for one in settings():
-        title = f"{one.model}, batch {one.batch} x {LENGTH}"
-        table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
-        table.add_column(title, min_width=34)
-        for column in ("M tokens/s", "communication", "memory", "fits"):
-            table.add_column(column, justify="right", no_wrap=True)
-        for row, fits in one.rows:
-            name = row.layout.name + (f"  {row.layout.prefill}" if row.layout.m > 1 else "")
-            share = f"{row.seconds.exchange / row.seconds.total:.0%}"
-            table.add_row(
-                name, f"{row.tokens_per_s / 1e6:.3f}", share, size(row.memory.total), "yes" if fits else "no"
-            )
-        words = (
-            f"claimed: {BASELINE_TOKENS_PER_S / 1e6:.2f} M for tensor parallelism x pipeline, "
-            f"{CLAIMED_TOKENS_PER_S / 1e6:.2f} M for two-level partitioning; arithmetic alone at the data sheet's "
-            f"peak: {one.bound / 1e6:.2f} M"
-        )
-        parts += [table, Text(words), Text()]
-    return Group(*parts)
+def known(rows: Sequence[known_models.Row], work: Work, goal: str, hardware: str) -> RenderableType:
+    """Well-known models on a few numbers of devices: what to take, and what the best m > 1 would be."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("model", no_wrap=True)
+    for column in ("on", "best layout", _FIGURES[goal][0], "memory", "m > 1"):
+        table.add_column(column, justify="left" if column == "best layout" else "right", no_wrap=True)
+    table.add_column("because", overflow="fold")
+    shown = ""
+    refused = []
+    for row in rows:
+        name, shown = ("" if row.model == shown else row.model), row.model
+        if row.plan is None:
+            refused.append(row)
+            table.add_row(name, str(row.devices), "none", "", "", "", _short(row))
+            continue
+        best = row.plan.best
+        ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
+        ratio = "only" if row.ratio is None and row.sliced is not None else ratio
+        figures = _FIGURES[goal][1](best), size(best.memory.total)
+        table.add_row(name, str(row.devices), best.layout.name, *figures, ratio, row.plan.because)
+    parts: list[RenderableType] = [Text(f"{hardware}, {_worded(work)}, for {goal}"), Text(), table, Text()]
+    parts += [Text(f"{row.model}: {row.refusal}.") for row in refused]
+    words = (
+        f"m > 1: the best layout with m > 1, times as good in {goal} as the best of all others; empty where none fits."
+    )
+    band = next((row.plan.band for row in rows if row.plan is not None), "")
+    return Group(*parts, Text(), Text(words, style="dim"), Text(band, style="dim"))
+
+
+def _short(row: known_models.Row) -> str:
+    """What a refusal is about."""
+    return row.refusal.split(":")[0].split(" (")[0].removeprefix(f"model={row.model} has ")
 
 
 def _headline(plan: Plan) -> Text:
@@ -89,18 +108,20 @@ def _headline(plan: Plan) -> Text:
             line.append(f", cache by {best.layout.decode}")
     if best.layout.microbatches > 1:
         line.append(f", {best.layout.microbatches} microbatches")
-    line.append(f"\nmodel {plan.model} on {plan.devices} devices of {plan.hardware}, {work.precision}, {work.mode}, ")
-    line.append(f"batch {work.batch} x {work.length} tokens")
-    if work.new_tokens:
-        line.append(f" and {work.new_tokens} new ones")
+    line.append(f"\nmodel {plan.model} on {plan.devices} devices of {plan.hardware}, {_worded(work)}")
     return line
+
+
+def _worded(work: Work) -> str:
+    new = f" and {work.new_tokens} new ones" if work.new_tokens else ""
+    return f"{work.precision}, {work.mode}, batch {work.batch} x {work.length} tokens{new}"
 
 
 def _table(plan: Plan, title: str, rows: Sequence[Estimate]) -> Table:
     generates = plan.work.mode == "generate"
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column(title, overflow="fold", min_width=12)
-    columns = ["tokens/s", *(("TTFT, ms", "TPOT, ms") if generates else ("step, ms",)), "memory", "x"]
+    columns = ["tokens/s", *(("TTFT, ms", "TPOT, ms") if generates else ("step, ms",)), "memory", "of best"]
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     for one in rows:
