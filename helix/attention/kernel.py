@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.bias import CausalBias, causal_lower_right
+from torch.utils._python_dispatch import _disable_current_modes
 
 from helix.attention.oracle import ROPE_BASE
 from helix.comm.record import phase
@@ -47,8 +48,17 @@ def _fused_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     elif q.shape[2] == k.shape[2]:
         o = F.scaled_dot_product_attention(q, k, v, is_causal=True)
     else:
-        o = F.scaled_dot_product_attention(q, k, v, attn_mask=causal_lower_right(q.shape[2], k.shape[2]))
+        o = F.scaled_dot_product_attention(q, k, v, attn_mask=_lower_right(q.shape[2], k.shape[2]))
     return o.transpose(1, 2)
+
+
+def _lower_right(rows: int, keys: int) -> CausalBias:
+    """The mask by which the last `rows` of so many tokens see all before them; no numbers, but for the kernel a name.
+
+    torch's constructor of it fails under a mode that watches operators.
+    """
+    with _disable_current_modes():
+        return causal_lower_right(rows, keys)
 
 
 def rotate_slice(z: Tensor, feature_slice: int, slices: int) -> Tensor:

@@ -4,7 +4,7 @@
         model(x)
     log.bytes["all_to_all/attention.qkv"], log.seconds["all_to_all/attention.qkv"], log.spans
 
-Nobody listening and no profiler running costs two truth tests per collective and one per phase.
+Nobody listening and no profiler running costs three truth tests per collective and two per phase.
 """
 
 from __future__ import annotations
@@ -132,6 +132,7 @@ class Log:
 
 
 _listeners: list[Log] = []
+_watchers: list[Callable[[str], AbstractContextManager[object]]] = []
 _telling = False
 
 
@@ -140,9 +141,13 @@ def listening() -> bool:
 
 
 @contextmanager
-def record() -> Iterator[Log]:
-    """Listen to every collective of this process. Listeners nest; each sees everything."""
-    log = Log()
+def record(log: Log | None = None) -> Iterator[Log]:
+    """Listen to every collective of this process. Listeners nest; each sees everything.
+
+    Args:
+        log: who listens; a new one if None.
+    """
+    log = Log() if log is None else log
     _listeners.append(log)
     try:
         yield log
@@ -189,7 +194,19 @@ def counted(
 _UNNAMED: AbstractContextManager[None] = nullcontext()
 
 
+@contextmanager
+def watch(watcher: Callable[[str], AbstractContextManager[object]]) -> Iterator[None]:
+    """Have `watcher` give what is entered around every phase that begins in the body, by the phase's name."""
+    _watchers.append(watcher)
+    try:
+        yield
+    finally:
+        _watchers.remove(watcher)
+
+
 def phase(name: str) -> AbstractContextManager[object]:
-    """Name what the body computes in a profile (`helix.study.profile`), if one is being taken."""
+    """Name what the body computes in a profile (`helix.study.profile`), if one is being taken, and to who watches."""
+    if _watchers:
+        return _watchers[-1](name)
     # PyTorch's own flag for this question; its public record_function costs microseconds also when nobody asks.
     return profiler.record_function(name) if profiler._is_profiler_enabled else _UNNAMED

@@ -79,7 +79,7 @@ def run(settings: InferConfig, run_dir: Path) -> None:
 
 def read(settings: InferConfig) -> Given:
     """Find the model, read its sizes and tokenizer, and encode the prompts. No torch computation, no weight."""
-    _be_quiet()
+    be_quiet()
     folder = folder_of(settings)
     shape = shape_of(folder)
     check_shape(settings.model, shape)
@@ -101,7 +101,7 @@ def read(settings: InferConfig) -> Given:
     return Given(folder, model, prompts, tokenizer, ends)
 
 
-def _be_quiet() -> None:
+def be_quiet() -> None:
     """Have transformers ask no hub, and print nothing of its own."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from transformers.utils import logging
