@@ -1,0 +1,129 @@
+"""`infer.py dry_run=true`: trace the methods that were asked for, write what was found, show the table."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+from helix.config.environment import speaks
+from helix.config.methods import baselines_of, to_name
+from helix.config.schema import PRETRAINED, ConfigError, InferConfig, ParallelConfig, digest
+from helix.dryrun import timeline
+from helix.dryrun.drawn import STEP, trace_step
+from helix.dryrun.figures import DryRun, Refused, Traced
+from helix.dryrun.table import show
+from helix.dryrun.tracer import Trace
+from helix.dryrun.world import pretended
+from helix.generation.errors import CannotRun
+from helix.parallel.methods.build import load
+from helix.partition.grid import PartitionError
+from helix.planner.catalogue import CONF
+from helix.planner.machine import Machine, machine_of
+from helix.study.report import MethodLabel, Schedules, plain, write_whole
+
+REPORT = "dry_run.json"
+AUTO = "auto"
+TRACED = (
+    "Rank 0 was traced, on tensors without numbers, as on a GPU: fused attention and RMS norm are one kernel each, "
+    "and a collective has one buffer for what it returns."
+)
+_SERIAL = "Times are those of each operator by itself, one after the other: nothing is hidden behind computation."
+
+# A layout -> what was traced of it, and its passes by name.
+Trial = Callable[[ParallelConfig], tuple[Traced, list[tuple[str, Trace]]]]
+
+
+def run(settings: InferConfig, run_dir: Path) -> None:
+    """Trace in this process alone.
+
+    Raises:
+        ConfigError, PartitionError, CheckpointError: if the model, or the main method on it, cannot be built.
+        CannotRun: if what builds it is not installed.
+    """
+    if not speaks():  # of ranks that a launcher started one is enough
+        return
+    began = time.monotonic()
+    machine, notes = _machine(settings)
+    trial, batch, length = _trial(settings, machine)
+    main = to_name(settings.parallel)
+    with pretended(settings.parallel.ranks, settings.hardware.devices_per_host or 1):
+        try:
+            found, passes = trial(settings.parallel)
+        except ImportError as error:
+            raise CannotRun(f"{main} cannot be traced: {error}") from error
+        rivals = [_rival(trial, each) for each in baselines_of(settings)]
+    report = DryRun(
+        main=found,
+        baselines=rivals,
+        devices=settings.parallel.ranks,
+        memory_bytes_per_device=None if machine is None else _finite(machine.memory_bytes),
+        batch=batch,
+        length=length,
+        parallel=asdict(settings.parallel),
+        model=asdict(settings.model),
+        hardware=asdict(settings.hardware),
+        workload=asdict(settings.workload),
+        precision=settings.precision,
+        notes=[TRACED, *notes],
+        traced_s=time.monotonic() - began,
+        settings=digest(settings),
+    )
+    path = None if machine is None else timeline.write(passes, machine, run_dir / "traces" / main)
+    write_whole(json.dumps(plain(report), indent=2, allow_nan=False) + "\n", run_dir / REPORT)
+    show(report, path)
+
+
+def _machine(settings: InferConfig) -> tuple[Machine | None, list[str]]:
+    """The machine that times are of, and what they are worth; none where its file lacks figures, and which."""
+    if settings.hardware.name == AUTO:
+        return None, [f"No times: hardware={AUTO} says nothing of a machine; take {', '.join(_catalogue())}."]
+    try:
+        machine = machine_of(settings.hardware, settings.precision, settings.parallel.ranks)
+    except ConfigError as error:
+        return None, [f"No times: {error}."]
+    return machine, [_SERIAL, band(machine.error)]
+
+
+def _catalogue() -> list[str]:
+    """Machines that have figures, as a command line names them."""
+    return [f"hardware={path.stem}" for path in sorted((CONF / "hardware").glob("*.yaml")) if path.stem != AUTO]
+
+
+def _trial(settings: InferConfig, machine: Machine | None) -> tuple[Trial, int, int]:
+    """What traces a method; the samples and tokens that it is given."""
+    if settings.model.kind != PRETRAINED:
+        methods = {settings.parallel.method, *(each.method for each in baselines_of(settings))}
+        load(methods, settings.model.experts > 0, "cpu")
+
+        def trial(parallel: ParallelConfig) -> tuple[Traced, list[tuple[str, Trace]]]:
+            traced, trace = trace_step(settings, parallel, machine)
+            return traced, [(STEP, trace)]
+
+        return trial, settings.workload.batch_size, settings.workload.seq_len
+    from helix.dryrun.answered import question, trace_answer
+
+    asked = question(settings)
+    return partial(trace_answer, settings, machine=machine, asked=asked), asked.batch, asked.length
+
+
+def _rival(trial: Trial, parallel: ParallelConfig) -> Traced | Refused:
+    try:
+        return trial(parallel)[0]
+    except PartitionError as error:
+        label = MethodLabel(to_name(parallel), parallel.m, parallel.n, Schedules(None), parallel.data)
+        return Refused(label, str(error))
+
+
+def band(error: float | None) -> str:
+    """How far off the times may be."""
+    if error is None:
+        return "Nobody has held this hardware's file against measurements: the error of the times is unknown."
+    return f"Against measurements on this hardware the median error of modelled times was {error:.0%}."
+
+
+def _finite(value: float) -> float | None:
+    return None if value == float("inf") else value
