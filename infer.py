@@ -36,7 +36,11 @@ def main(settings: InferConfig, run_dir: Path) -> None:
     from helix.generation.errors import CannotRun, Diverged
 
     try:
-        if settings.model.kind == PRETRAINED:
+        if settings.dry_run:
+            from helix.dryrun.run import run as trace
+
+            trace(settings, run_dir=run_dir)
+        elif settings.model.kind == PRETRAINED:
             from helix.generation.run import run as generate
 
             generate(settings, run_dir=run_dir)

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import netrc
-import operator
 import os
-from dataclasses import fields, is_dataclass
-from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlparse
 
 from helix.config import environment
+from helix.config.dry_run import check_dry_run
 from helix.config.memory import check_memory
 from helix.config.methods import baselines_of, to_name
 from helix.config.schema import (
@@ -29,17 +26,13 @@ from helix.config.schema import (
     to_grid,
     to_shape,
 )
+from helix.config.values import check_values as check_values
+from helix.config.values import suggest as suggest
 from helix.partition import rivals
 from helix.partition.grid import PartitionError, divisors, legal_grids
 from helix.partition.schedules import check_schedule
 from helix.partition.shape import check_ends, check_expert_parallel, check_routing
 
-_BOUNDS = {
-    "at_least": (operator.ge, "at least"),
-    "above": (operator.gt, "above"),
-    "at_most": (operator.le, "at most"),
-    "below": (operator.lt, "below"),
-}
 _SIZES = {"m": "feature slices", "n": "head groups", "data": "data replicas", "stage": "pipeline stages"}
 _INSTEAD = {"m": "helix", "n": "helix", "data": "helix or dp16", "stage": "tp8_pp2"}
 
@@ -65,6 +58,9 @@ def check(settings: InferConfig) -> None:
     check_workload(work, settings.parallel)
     check_layer(settings.parallel, settings.model, work.batch_size, work.seq_len)
     check_logger(settings.logger)
+    if settings.dry_run:  # which asks nothing of this machine
+        check_dry_run(settings)
+        return
     local_ranks = check_started(settings.parallel.ranks)
     device = check_device(settings.device, local_ranks)
     check_memory(settings, local_ranks, device)
@@ -87,31 +83,6 @@ def check_drawn(settings: InferConfig) -> None:
             f"parallel.decode={settings.parallel.decode} is about a prompt's answer; take model=smollm2 and prompt=, "
             "or leave it out"
         )
-
-
-def check_values(node: Any, prefix: str = "") -> None:
-    """Check every field against the choices and bounds that its schema states beside it."""
-    for spec in fields(node):
-        key, value = prefix + spec.name, getattr(node, spec.name)
-        if is_dataclass(value):
-            check_values(value, key + ".")
-        elif value is None:
-            continue
-        elif "choices" in spec.metadata and value not in spec.metadata["choices"]:
-            legal = spec.metadata["choices"]
-            near = suggest(value, legal)
-            raise ConfigError(f"{key} cannot be {value!r}{near}; choose one of: {', '.join(legal)}")
-        else:
-            for bound, (holds, words) in _BOUNDS.items():
-                # Not-a-number, which compares false to everything, holds no bound, and is refused too.
-                if bound in spec.metadata and not holds(value, spec.metadata[bound]):
-                    raise ConfigError(f"{key} must be {words} {spec.metadata[bound]}, not {value}")
-
-
-def suggest(word: str, legal: list[str] | tuple[str, ...]) -> str:
-    """Half a sentence that names the nearest legal word, if one is near."""
-    near = get_close_matches(word, legal, n=1)
-    return f" (did you mean {near[0]}?)" if near else ""
 
 
 def check_method(settings: InferConfig) -> None:

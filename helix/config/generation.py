@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from helix.config.check import check_device, check_logger, check_rivals, check_started, check_values
+from helix.config.dry_run import check_dry_run
 from helix.config.folder import check_dims, check_package, folder_at, refuse_length, shape_of
 from helix.config.memory import check_generation_memory
 from helix.config.methods import baselines_of
@@ -34,6 +35,10 @@ def check_generation(settings: InferConfig) -> None:
         ConfigError, PartitionError: one sentence with the legal choices.
     """
     check_values(settings)
+    if settings.dry_run:
+        check_dry_run(settings)
+        check_dry_answer(settings)
+        return
     prompts = prompts_of(settings)
     check_sampling(settings.generate)
     check_answers(settings.workload)
@@ -52,6 +57,30 @@ def check_generation(settings: InferConfig) -> None:
     local_ranks = check_started(settings.parallel.ranks)
     device = check_device(settings.device, local_ranks)
     check_generation_memory(settings, prompts, known_shape(settings.model), local_ranks, device)
+
+
+def check_dry_answer(settings: InferConfig) -> None:
+    """Check a generation that is only traced: its prompt may be no more than a length.
+
+    Raises:
+        ConfigError, PartitionError: as `check_generation`.
+    """
+    work, model = settings.workload, settings.model
+    if settings.prompt is None and work.seq_len == 1:
+        raise ConfigError(
+            f"a dry run of model={model.name} needs a prompt's length: give workload.seq_len=1024, or prompt= with "
+            "a text"
+        )
+    sizes = [work.batch_size]
+    if settings.prompt is not None:
+        check_answers(work)
+        sizes = batch_sizes(len(prompts_of(settings)), work.batch_size)[:1]
+    if model.context is not None:
+        refuse_length([work.seq_len], settings.generate.max_new_tokens, model.context)
+    check_method(settings.parallel)
+    _check_baselines(settings)
+    check_pretrained(model)
+    check_grid(settings.parallel, model, sizes)
 
 
 def prompts_of(settings: InferConfig) -> list[str]:

@@ -13,7 +13,7 @@ from helix.config.generation import check_shape, prompts_of
 from helix.config.schema import PACKAGE, PRETRAINED, ConfigError, GenerateConfig, InferConfig
 from helix.partition.families import PretrainedShape, describe
 from helix.pretrained import smollm2
-from helix.pretrained.folder import find
+from helix.pretrained.folder import find, read_config
 
 TOKENIZER = "tokenizer.json"
 # Any of these makes a tokenizer that transformers can load.
@@ -31,10 +31,12 @@ def check(settings: InferConfig) -> None:
         return
     try:
         folder = folder_of(settings)
-        shape = describe(find(folder).config)
+        shape = describe(read_config(folder) if settings.dry_run else find(folder).config)
     except CheckpointError as error:
         raise ConfigError(str(error)) from None
     check_shape(settings.model, shape)
+    if settings.prompt is None:  # of a dry run, which reads neither weights nor words
+        return
     check_tokenizer(folder, prompts_of(settings), settings.generate, shape)
 
 
