@@ -56,3 +56,10 @@ def test_the_partitioned_model_answers(capfd: pytest.CaptureFixture[str]) -> Non
     said = capfd.readouterr().out.strip().splitlines()[-1]
     assert said.startswith("[1, 2, 3, ")
     assert len(said.split(",")) == 8
+
+
+def test_the_plan_is_made(capfd: pytest.CaptureFixture[str]) -> None:
+    exec(compile(_script("helix.plan("), str(README), "exec"), {"__name__": "__main__"})
+    said = capfd.readouterr().out.splitlines()
+    assert said[0] in README.read_text().splitlines()  # the layout that the table above it shows
+    assert said[-1].startswith("Times are modelled")

@@ -51,14 +51,15 @@ class Row:
         return own / theirs if self.plan.goal == "throughput" else theirs / own
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: the whole plan, or why there is none."""
+        """For JSON: the layout to take, or why there is none."""
+        found = {} if self.plan is None else self.plan.as_dict()
         return {
             "model": self.model,
             "devices": self.devices,
-            "plan": None if self.plan is None else self.plan.as_dict(),
             "refusal": self.refusal,
             "sliced": None if self.sliced is None else self.sliced.layout.name,
             "ratio": self.ratio,
+            **{key: found.get(key) for key in ("goal", "work", "best", "because", "reasons", "error")},
         }
 
 
