@@ -7,6 +7,10 @@ from typing import Any
 
 from omegaconf import MISSING
 
+# Metadata of lists that are a measured curve: where its points are (above 0, ascending), and a figure of each.
+PLACES = {"curve": "places"}
+FIGURES = {"curve": "figures"}
+
 
 def one_of(default: str | None, choices: tuple[str, ...]) -> Any:
     """A field that holds one of a few words."""

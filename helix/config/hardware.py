@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
-from helix.config.bounds import at_least, bounded
+from helix.config.bounds import FIGURES, PLACES, at_least, bounded, one_of
+
+KINDS = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all")
 
 
 @dataclass
@@ -18,10 +20,10 @@ class MeasuredProducts:
         share: of `matmul_*`'s peak; low, high: its 95 % interval.
     """
 
-    width: list[int] = field(default_factory=list)
-    share: list[float] = field(default_factory=list)
-    low: list[float] = field(default_factory=list)
-    high: list[float] = field(default_factory=list)
+    width: list[int] = field(default_factory=list, metadata=PLACES)
+    share: list[float] = field(default_factory=list, metadata=FIGURES)
+    low: list[float] = field(default_factory=list, metadata=FIGURES)
+    high: list[float] = field(default_factory=list, metadata=FIGURES)
 
 
 @dataclass
@@ -33,11 +35,11 @@ class MeasuredAttention:
         share: of `matmul_*`'s peak; low, high: its 95 % interval.
     """
 
-    head_dim: int = MISSING
-    length: list[int] = field(default_factory=list)
-    share: list[float] = field(default_factory=list)
-    low: list[float] = field(default_factory=list)
-    high: list[float] = field(default_factory=list)
+    head_dim: int = at_least(1)
+    length: list[int] = field(default_factory=list, metadata=PLACES)
+    share: list[float] = field(default_factory=list, metadata=FIGURES)
+    low: list[float] = field(default_factory=list, metadata=FIGURES)
+    high: list[float] = field(default_factory=list, metadata=FIGURES)
 
 
 @dataclass
@@ -45,18 +47,18 @@ class MeasuredExchange:
     """One collective in all groups of `group` of a job's `ranks` at once.
 
     Args:
-        kind: all_gather, reduce_scatter, all_reduce or all_to_all.
+        kind: of `KINDS`.
         bytes: that each rank sends at each point, by `helix.partition.wire`'s count, ascending.
         us: of one call; low, high: its 95 % interval.
     """
 
-    kind: str = MISSING
-    ranks: int = MISSING
-    group: int = MISSING
-    bytes: list[int] = field(default_factory=list)
-    us: list[float] = field(default_factory=list)
-    low: list[float] = field(default_factory=list)
-    high: list[float] = field(default_factory=list)
+    kind: str = one_of(MISSING, KINDS)
+    ranks: int = at_least(2)
+    group: int = at_least(2)
+    bytes: list[int] = field(default_factory=list, metadata=PLACES)
+    us: list[float] = field(default_factory=list, metadata=FIGURES)
+    low: list[float] = field(default_factory=list, metadata=FIGURES)
+    high: list[float] = field(default_factory=list, metadata=FIGURES)
 
 
 @dataclass
@@ -74,6 +76,8 @@ class HardwareConfig:
         link_*: between devices of an island; host_link_*: what each device has to those of other islands. A latency
             is that of the smallest exchange between two devices.
         kernel_us: time of the smallest operation on a device.
+        scores_GB_per_s: at which unfused attention reads and writes its scores, each six times; null means as fast
+            as memory.
         rank_MB: what a rank's process takes besides weights and activations: buffers of its libraries.
         ranks_take_turns: whether more ranks than devices may share them, each as fast as its turns allow: on a CPU,
             whose devices are cores.
@@ -103,6 +107,7 @@ class HardwareConfig:
     host_link_share: float | None = bounded(None, above=0, at_most=1)
     host_link_latency_us: float | None = at_least(0, None)
     kernel_us: float | None = at_least(0, None)
+    scores_GB_per_s: float | None = bounded(None, above=0)
     rank_MB: float | None = at_least(0, None)
     ranks_take_turns: bool = False
     time_error_share: float | None = at_least(0, None)

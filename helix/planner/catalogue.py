@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 import helix
 from helix.config.folder import CONFIG, shape_of
 from helix.config.schema import PACKAGE, PRETRAINED, ConfigError, HardwareConfig, ModelConfig, to_shape
+from helix.config.values import check_values
 from helix.partition.architectures import FAMILIES
 from helix.partition.shape import TransformerShape
 from helix.planner.answering import planned, without_pairs
@@ -24,10 +25,12 @@ def hardware(name: str) -> HardwareConfig:
     """A file of conf/hardware.
 
     Raises:
-        ConfigError: if there is none, with those that there are.
+        ConfigError: if there is none, with those that there are, or if a value of it is illegal.
     """
     content = OmegaConf.merge(OmegaConf.structured(HardwareConfig), _read("hardware", name))
-    return cast(HardwareConfig, OmegaConf.to_object(content))
+    found = cast(HardwareConfig, OmegaConf.to_object(content))
+    check_values(found, "hardware.")
+    return found
 
 
 def model(name: str) -> ModelConfig:

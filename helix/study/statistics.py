@@ -105,6 +105,36 @@ def summarize(values: Sequence[float]) -> Summary:
     return Summary(tuple(runs.tolist()), mean, sd, (mean - half, mean + half), cv, (low, high))
 
 
+@dataclass(frozen=True)
+class Typical:
+    """The median of one figure over several passes, which one bad pass does not move.
+
+    Args:
+        low, high: its 95 % interval by order statistics, which assumes no distribution (and of 6 passes is their
+            range).
+        count: number of passes.
+    """
+
+    value: float
+    low: float
+    high: float
+    count: int
+
+
+def typical(values: Sequence[float]) -> Typical:
+    """The median of a figure, and where the true one is.
+
+    Raises:
+        ValueError: with fewer than 6 values, of which even the range misses the median in more than 5 % of cases, or
+            with a value that is not finite.
+    """
+    runs = _runs(values)
+    interval = stats.quantile_test(runs, q=0.0, p=0.5).confidence_interval(1 - ALPHA)
+    if not np.isfinite([interval.low, interval.high]).all():
+        raise ValueError(f"an interval of the median needs at least 6 values, not {len(runs)}")
+    return Typical(float(np.median(runs)), float(interval.low), float(interval.high), len(runs))
+
+
 def ratio_interval(a: Sequence[float], b: Sequence[float]) -> Ratio:
     """Compare two figures measured alternately, a[i] right beside b[i], so that pairs share the machine's mood.
 
