@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,8 +72,12 @@ def stop(reason: str, code: int) -> NoReturn:
 
 def tell(one: Settings) -> None:
     """Say on stderr, before a job runs, what its layout was chosen for and why, if it was chosen."""
-    if one.chosen is not None and environment.speaks():
-        print(told(one.chosen), file=sys.stderr, flush=True)
+    if one.chosen is None or not environment.speaks():
+        return
+    lines = told(one.chosen).splitlines()
+    if sys.stderr.isatty():  # which would break words
+        lines = [textwrap.fill(line, shutil.get_terminal_size().columns) for line in lines]
+    print("\n".join(lines), file=sys.stderr, flush=True)
 
 
 def hand_to_hydra(this: Command, job: Callable[[DictConfig], float | None]) -> None:

@@ -247,8 +247,8 @@ def _replicas(estimator: Estimator, found: Found) -> Iterator[str]:
     else:
         asked = Asked(data=more[0], recompute=layout.recompute, shard_data=layout.shard_data)
         smallest = search(estimator, "memory", asked).smallest
-        if smallest is not None:
-            room = HEADROOM * estimator.machine.memory_bytes
+        room = HEADROOM * estimator.machine.memory_bytes
+        if smallest is not None and smallest[1] > room:
             yield (
                 f"data={layout.data}: {more[0]} replicas need {size(smallest[1])} a device at least, of "
                 f"{size(room)} that may be filled."
