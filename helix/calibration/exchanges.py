@@ -91,6 +91,6 @@ def _buffers(device: torch.device) -> int:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         free, whole = torch.cuda.mem_get_info(device)
-        return max(0, whole - free - torch.cuda.max_memory_reserved(device))
+        return max(0, whole - free - torch.cuda.memory_reserved(device))
     cost = TransformerCost(shape, grid, options, _BATCH, _LENGTH, _ITEMSIZE)
     return max(0, memory.growth() - cost.activation_bytes())

@@ -74,11 +74,11 @@ def _cores(ranks: tuple[int, ...], quick: bool) -> Points:
         ranks=ranks,
         precision="float32",
         rounds=6 if quick else 9,
-        layer=Layer(tokens=1024, width=512, hidden=2048, head_dim=32),
+        layer=Layer(256, 256, 1024, 32) if quick else Layer(1024, 512, 2048, 32),
         widths=(16, 128) if quick else (8, 16, 32, 64, 128, 256, 512, 1024),
         head_dims=(16, 64) if quick else (8, 16, 32, 64, 128),
         lengths=(64, 256) if quick else (64, 256, 1024),
-        attention_flops=5e7 if quick else 2e8,
+        attention_flops=2e7 if quick else 2e8,
         sizes=(256, 32768) if quick else (256, 4096, 32768, 131072, 524288, 2097152),
     )
 
@@ -90,7 +90,7 @@ def _gpus(ranks: tuple[int, ...], quick: bool) -> Points:
         ranks=ranks,
         precision="bfloat16",
         rounds=6 if quick else 9,
-        layer=Layer(tokens=8192, width=4096, hidden=16384, head_dim=128),
+        layer=Layer(8192, 4096, 16384, 128),
         widths=(64, 1024) if quick else (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192),
         head_dims=(64, 128) if quick else (8, 16, 32, 64, 128, 256),
         lengths=(256, 1024) if quick else (64, 256, 1024, 4096),

@@ -51,6 +51,10 @@ def _check_curve(node: Any, prefix: str) -> None:
             raise ConfigError(f"{key} must be above 0 everywhere, not {value}")
         if role == "places":
             places = name
+            if not value and prefix.endswith(
+                "]."
+            ):  # one of several curves; a curve alone may never have been measured
+                raise ConfigError(f"{key} has no points; give some, or leave the curve out")
             if not all(one < other for one, other in pairwise(value)):
                 raise ConfigError(f"{key} must ascend, not {value}")
         elif len(value) != len(getattr(node, places)):
