@@ -38,7 +38,7 @@ def test_a_plan_is_json_a_table_and_a_picture() -> None:
     assert "error is unknown" in " ".join(text.split())
     assert max(map(len, text.splitlines())) <= 80
     axes = plan_plots.pareto_chart(plan).axes[0]
-    assert len(axes.collections) == len(plan.rivals)
+    assert len(axes.collections) == 1 + len(plan.rivals)
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

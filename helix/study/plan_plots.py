@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from matplotlib import colormaps, rc_context
 from matplotlib.figure import Figure
 
@@ -19,8 +21,10 @@ def pareto_chart(plan: Plan) -> Figure:
     """Tokens/s over memory of a device: layouts that nothing beats, on a line, and the best of each method."""
     chart = Figure(figsize=(7.5, 4.6), layout="constrained")
     axes = chart.subplots()
-    front = sorted(plan.pareto, key=lambda one: one.memory.total)
-    axes.plot(*_points(front), color="0.6", linewidth=1, zorder=1, marker=".", label="nothing beats these in all")
+    front = sorted(plan.pareto, key=lambda one: (one.memory.total, -one.tokens_per_s))
+    axes.plot(*_points(_rising(front)), color="0.75", linewidth=1, zorder=1, drawstyle="steps-post")
+    label = "nothing beats these in speed, latency and memory at once"
+    axes.scatter(*_points(front), s=14, color="0.5", zorder=1, label=label)
     shades = colormaps[MAP]
     for place, one in enumerate(plan.rivals):
         shade = shades(place / max(1, len(plan.rivals) - 1) * 0.85)
@@ -29,8 +33,9 @@ def pareto_chart(plan: Plan) -> Figure:
         axes.scatter(*_points([one]), s=55, color=[shade], marker=marker, zorder=2, label=name)
     axes.set_xlabel("memory of the fullest device, GB")
     axes.set_ylabel("tokens/s, modelled")
-    axes.set_ylim(bottom=0)
-    axes.set_xlim(left=0)
+    shown = [*front, *plan.rivals]  # with room for a marker that lies on an edge
+    axes.set_ylim(0, 1.08 * max(one.tokens_per_s for one in shown))
+    axes.set_xlim(0, 1.05 * max(one.memory.total for one in shown) / 1e9)
     axes.yaxis.set_major_formatter(lambda value, _: figure(value))
     axes.grid(color="0.9", linewidth=0.6)
     axes.set_axisbelow(True)
@@ -41,5 +46,14 @@ def pareto_chart(plan: Plan) -> Figure:
     return chart
 
 
-def _points(rows: list[Estimate]) -> tuple[list[float], list[float]]:
+def _rising(front: Sequence[Estimate]) -> list[Estimate]:
+    """Of layouts by their memory, those that are faster than all that need less."""
+    out: list[Estimate] = []
+    for one in front:
+        if not out or one.tokens_per_s > out[-1].tokens_per_s:
+            out.append(one)
+    return out
+
+
+def _points(rows: Sequence[Estimate]) -> tuple[list[float], list[float]]:
     return [one.memory.total / 1e9 for one in rows], [one.tokens_per_s for one in rows]

@@ -28,7 +28,8 @@ def versions() -> dict[str, str]:
 
 def command() -> str:
     """The command line of this process, ready to paste."""
-    return shlex.join(["python", *sys.argv])
+    program = ["-m", "helix"] if Path(sys.argv[0]).name == "__main__.py" else sys.argv[:1]
+    return shlex.join(["python", *program, *sys.argv[1:]])
 
 
 def git_commit() -> str | None:
