@@ -18,7 +18,7 @@ from helix.command.choose import choose, concrete, devices_of
 from helix.command.cli import _arguments
 from helix.command.compose import compose_jobs, found_jobs, job_folder, prepare, typed
 from helix.command.job import Command as TheCommand
-from helix.command.job import settle
+from helix.command.job import Stop, check_agreed, settle
 from helix.command.sweep import outcome
 from helix.config import environment
 from helix.config.check import check
@@ -237,6 +237,22 @@ def test_jobs_of_a_sweep_choose_each_for_itself(monkeypatch: pytest.MonkeyPatch)
     assert [one.parallel.ranks for _, one, _ in jobs[:2]] == [1, 2]
     assert [misfit is None for _, _, misfit in jobs] == [True, True, False]
     assert len({digest(one) for _, one, _ in jobs}) == 3
+
+
+def test_ranks_of_hosts_that_differ_do_not_wait_for_each_other(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = choose(infer("parallel=auto", "parallel.devices=2", "model=tiny", *SMALL))
+    this = TheCommand("infer", CONF, lambda one, folder: None, agree=lambda own: ["helix_2x1"] * len(own))
+    check_agreed(this, [one])
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    check_agreed(this, [replace(one, chosen=None)])
+    check_agreed(replace(this, agree=lambda own: own), [one])
+    with pytest.raises(Stop) as stopped:
+        check_agreed(this, [one])
+    assert stopped.value.code == 2
+    assert f"comes to helix_2x1 on rank 0's host and to {to_name(one.parallel)} on" in capsys.readouterr().err
 
 
 def test_a_training_is_chosen_for_and_named_after_it() -> None:

@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from helix.command.compose import Composed, compose_jobs, prepare
 from helix.command.explain import FORM, explain
-from helix.command.job import Agree, Check, Collect, Command, Task, hand_to_hydra, settle, stop, tell
+from helix.command.job import Agree, Check, Collect, Command, Task, check_agreed, hand_to_hydra, settle, stop, tell
 from helix.command.multirun import run_sweep
 from helix.command.prompt import quote_prompts
 from helix.config import environment
@@ -81,6 +81,7 @@ def _run(this: Command, cfg: DictConfig) -> None:
     one, misfit = settle(this, cfg, folder="hydra.run.dir")
     if misfit is not None:
         stop(misfit, code=2)
+    check_agreed(this, [one])
     tell(one)
     if not environment.speaks():
         this.task(one, Path(cfg.hydra.run.dir).absolute())

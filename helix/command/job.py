@@ -20,6 +20,8 @@ from helix.command.explain import explain
 from helix.command.sweep import SweepJob
 from helix.config import environment
 from helix.config.check import check
+from helix.config.methods import to_name
+from helix.config.parallel import AUTO
 from helix.config.schema import ConfigError, InferConfig, Misfit, PartitionError, Settings
 from helix.planner.chosen import told
 
@@ -78,6 +80,25 @@ def tell(one: Settings) -> None:
     if sys.stderr.isatty():  # which would break words
         lines = [textwrap.fill(line, shutil.get_terminal_size().columns) for line in lines]
     print("\n".join(lines), file=sys.stderr, flush=True)
+
+
+def check_agreed(this: Command, jobs: Sequence[Settings]) -> None:
+    """End the command if a rank that a launcher started chose another layout than rank 0 on its host."""
+    launcher = environment.started()
+    if launcher is None or this.agree is None:
+        return
+    if all(one.chosen is None and one.parallel.method != AUTO for one in jobs):
+        return
+    own = [to_name(one.parallel) for one in jobs]
+    first = this.agree(own)
+    if own != first:
+        which = next(number for number, pair in enumerate(zip(own, first, strict=True)) if pair[0] != pair[1])
+        said = (
+            f"parallel=auto comes to {first[which]} on rank 0's host and to {own[which]} on that of rank "
+            f"{launcher.rank}, which has other cores or memory; name the layout, or give hardware="
+        )
+        print(f"{Path(sys.argv[0]).name}: error: {said}", file=sys.stderr)
+        raise Stop(2, said)
 
 
 def hand_to_hydra(this: Command, job: Callable[[DictConfig], float | None]) -> None:

@@ -29,7 +29,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from helix.command.compose import Composed, found_jobs, job_folder, sweep_folder
-from helix.command.job import Command, Stop, Task, hand_to_hydra, settle, stop, tell
+from helix.command.job import Command, Stop, Task, check_agreed, hand_to_hydra, settle, stop, tell
 from helix.command.sweep import (
     FAILED,
     SKIPPED,
@@ -60,6 +60,8 @@ def _run_sweep(this: Command, composed: Composed, sweep: DictConfig) -> None:
     if launcher is not None and (composed.jobs is None or not basic):
         stop(_cannot_follow(launcher.by, sweep), code=2)
     jobs = None if composed.jobs is None else _plan(this, composed.jobs, folder)
+    if jobs is not None:
+        check_agreed(this, [one.settings for one in jobs])
     found = None if jobs is None else _look(jobs)
     if launcher is not None and found is not None and this.agree is not None:
         found = this.agree(found)
