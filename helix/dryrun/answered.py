@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -115,7 +116,7 @@ def trace_answer(
         fullest=(0, weights),  # shares are padded until they are even
         passes=passes,
         cache=Pair(last.held, cost.cache_bytes(asked.length + 1)),
-        idle_ranks=0,
+        idle_ranks=dist.get_world_size() - parallel.ranks,
     ), [(PROMPT, prompt), (TOKEN, token)]
 
 

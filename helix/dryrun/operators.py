@@ -51,10 +51,10 @@ def operator(func: Any, args: Any, kwargs: Any, out: Any, part: str) -> Operator
     short = name.partition("::")[2]
     if short in _ALLOCATIONS or func.is_view:
         return None
-    inputs, outputs = list(_tensors((args, kwargs))), list(_tensors(out))
-    held = {_storage(each) for each in inputs}
-    made = [each for each in outputs if _storage(each) not in held]
-    written = [each for each in outputs if _storage(each) in held] if func._schema.is_mutable else []
+    inputs, outputs = list(tensors((args, kwargs))), list(tensors(out))
+    held = {storage_of(each) for each in inputs}
+    made = [each for each in outputs if storage_of(each) not in held]
+    written = [each for each in outputs if storage_of(each) in held] if func._schema.is_mutable else []
     if not made and not written:
         return None  # an alias, or what only looks at shapes
     nbytes = sum(map(touched, [*inputs, *made, *written]))
@@ -106,9 +106,11 @@ def touched(x: Tensor) -> int:
     return min(x.numel() * x.element_size(), x.untyped_storage().nbytes())
 
 
-def _tensors(tree: Any) -> Iterator[Tensor]:
+def tensors(tree: Any) -> Iterator[Tensor]:
+    """All tensors among arguments or results."""
     return (leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor))
 
 
-def _storage(x: Tensor) -> int:
+def storage_of(x: Tensor) -> int:
+    """A number of the memory that a tensor shares with its views."""
     return x.untyped_storage()._cdata

@@ -29,9 +29,12 @@ REPORT = "dry_run.json"
 AUTO = "auto"
 TRACED = (
     "Rank 0 was traced, on tensors without numbers, as on a GPU: fused attention and RMS norm are one kernel each, "
-    "and a collective has one buffer for what it returns."
+    "and a collective has one buffer for what it returns (gloo's have more)."
 )
 _SERIAL = "Times are those of each operator by itself, one after the other: nothing is hidden behind computation."
+
+# What the libraries under a method raise where a model's sizes do not suit them, or that are not there.
+_OWN_ERRORS = (ImportError, RuntimeError)
 
 # A layout -> what was traced of it, and its passes by name.
 Trial = Callable[[ParallelConfig], tuple[Traced, list[tuple[str, Trace]]]]
@@ -42,7 +45,7 @@ def run(settings: InferConfig, run_dir: Path) -> None:
 
     Raises:
         ConfigError, PartitionError, CheckpointError: if the model, or the main method on it, cannot be built.
-        CannotRun: if what builds it is not installed.
+        CannotRun: if what builds it is not installed, or fails.
     """
     if not speaks():  # of ranks that a launcher started one is enough
         return
@@ -53,8 +56,8 @@ def run(settings: InferConfig, run_dir: Path) -> None:
     with pretended(settings.parallel.ranks, settings.hardware.devices_per_host or 1):
         try:
             found, passes = trial(settings.parallel)
-        except ImportError as error:
-            raise CannotRun(f"{main} cannot be traced: {error}") from error
+        except _OWN_ERRORS as error:
+            raise CannotRun(f"{main} cannot be traced: {_words(error)}") from error
         rivals = [_rival(trial, each) for each in baselines_of(settings)]
     report = DryRun(
         main=found,
@@ -80,7 +83,7 @@ def run(settings: InferConfig, run_dir: Path) -> None:
 def _machine(settings: InferConfig) -> tuple[Machine | None, list[str]]:
     """The machine that times are of, and what they are worth; none where its file lacks figures, and which."""
     if settings.hardware.name == AUTO:
-        return None, [f"No times: hardware={AUTO} says nothing of a machine; take {', '.join(_catalogue())}."]
+        return None, [f"No times: hardware={AUTO} says nothing of a machine; take hardware={', '.join(_catalogue())}."]
     try:
         machine = machine_of(settings.hardware, settings.precision, settings.parallel.ranks)
     except ConfigError as error:
@@ -89,8 +92,8 @@ def _machine(settings: InferConfig) -> tuple[Machine | None, list[str]]:
 
 
 def _catalogue() -> list[str]:
-    """Machines that have figures, as a command line names them."""
-    return [f"hardware={path.stem}" for path in sorted((CONF / "hardware").glob("*.yaml")) if path.stem != AUTO]
+    """Machines that have figures."""
+    return [path.stem for path in sorted((CONF / "hardware").glob("*.yaml")) if path.stem != AUTO]
 
 
 def _trial(settings: InferConfig, machine: Machine | None) -> tuple[Trial, int, int]:
@@ -113,9 +116,14 @@ def _trial(settings: InferConfig, machine: Machine | None) -> tuple[Trial, int, 
 def _rival(trial: Trial, parallel: ParallelConfig) -> Traced | Refused:
     try:
         return trial(parallel)[0]
-    except PartitionError as error:
+    except (PartitionError, *_OWN_ERRORS) as error:
         label = MethodLabel(to_name(parallel), parallel.m, parallel.n, Schedules(None), parallel.data)
-        return Refused(label, str(error))
+        return Refused(label, _words(error))
+
+
+def _words(error: Exception) -> str:
+    """The first line: libraries go on to tell where they were."""
+    return str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
 
 
 def band(error: float | None) -> str:

@@ -54,9 +54,9 @@ def _headline(run: DryRun) -> Text:
     if schedule:
         line.append(f"  {method.m} slices x {method.n} head groups, schedule {schedule}")
     ranks = "1 rank" if run.main.ranks == 1 else f"{run.main.ranks:,} ranks"
-    line.append(f", {ranks}; a dry run: nothing was computed\n")
+    line.append(f", {ranks}\ndry run: rank {run.rank} traced in {run.traced_s:.1f} s, nothing computed\n")
     line.append(f"model {run.model['name']}, {run.precision}, batch {run.batch} x {run.length} tokens, ")
-    line.append(f"hardware {run.hardware['name']}; rank {run.rank} traced in {run.traced_s:.1f} s")
+    line.append(f"hardware {run.hardware['name']}")
     return line
 
 
@@ -72,9 +72,13 @@ def _memory(run: DryRun) -> Table:
         table.add_row("  of these, of collectives", size(each.buffers), "", "")
     table.add_section()
     room = run.memory_bytes_per_device
-    share = "" if room is None else f"{main.peak / room:.0%} of a device's {size(room)}"
+    share = "" if room is None else f"{_part(main.peak / room)} of a device's {size(room)}"
     table.add_row("all together", size(main.peak), "", share)
     return table
+
+
+def _part(share: float) -> str:
+    return f"{share:.0%}" if share >= 0.01 else "< 1%"
 
 
 def _row(table: Table, name: str, pair: Pair, exact: bool = False) -> None:

@@ -14,12 +14,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from helix.comm.record import Call, Log, being_told, record, watch
 from helix.dryrun.live import Live
-from helix.dryrun.operators import EXCHANGE, MEMORY, Operator, fused_attention, operator, touched
+from helix.dryrun.operators import EXCHANGE, MEMORY, Operator, fused_attention, operator, storage_of, tensors, touched
 
 # Parts of the model by a word in the names of its modules, or of its collectives; the first that is there.
 _PARTS = {
@@ -130,13 +129,15 @@ class Tracer(TorchDispatchMode):
         out = func(*args, **kwargs) if out is None else out
         if func.namespace in ("c10d", "_c10d_functional"):
             self._exchange()
-        made = [each for each in tree_leaves(out) if isinstance(each, Tensor) and each.is_meta]
-        for each in made:
-            self.live.see(each, EXCHANGE if being_told() else "activations")
-        if made and func.namespace == "aten":
-            found = operator(func, args, kwargs, out, self.part)
-            if found is not None:
-                self.add(found)
+        results = list(tensors(out))
+        if not any(each.is_meta for each in results):
+            return out
+        held = {storage_of(each) for each in tensors((args, kwargs))}
+        for each in results:
+            if storage_of(each) not in held:
+                self.live.see(each, EXCHANGE if being_told() else "activations")
+        if func.namespace == "aten" and (found := operator(func, args, kwargs, out, self.part)) is not None:
+            self.add(found)
         return out
 
     def _shaped(self, func: Any, args: Any) -> Tensor | None:
