@@ -68,6 +68,8 @@ def few_words(estimator: Estimator, best: Estimate, less: tuple[int, Estimate] |
     if less is not None:
         return f"better on {less[0]}: {less[1].layout.name}"
     if layout.method == "data":
+        if estimator.ep_size(layout) > 1:
+            return f"experts dealt out, {layout.data} replicas"
         return "one device does it" if layout.ranks == 1 else f"fits whole, {layout.data} replicas"
     if layout.tokens > 1:
         return f"sequences cut over {layout.tokens}"
