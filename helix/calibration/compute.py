@@ -32,7 +32,7 @@ Works = dict[Label, Callable[[], object]]
 
 # Matrix products in these dtypes too, of one size: they have their own peaks.
 OTHER_PRECISIONS = {"cpu": ("float64", "bfloat16"), "cuda": ("float32", "float64")}
-FEW_LAYERS, MANY_LAYERS = 2, 6
+FEW_LAYERS, MANY_LAYERS = 2, 10
 # Products read weights that others' calls have pushed out of the nearest cache, as a model's layers do.
 _WEIGHTS = 4
 _SCORES_LENGTH = 256

@@ -19,7 +19,7 @@ from helix.study.progress import progress_bar
 
 Key = TypeVar("Key")
 Clock = Callable[[], float]
-LEAST_S = 4e-3  # of one operation in one pass: some hundred times what a barrier's end is uneven by on two cores
+LEAST_S = 8e-3  # of one operation in one pass: far longer than the ends of a barrier differ
 MOST_CALLS = 500
 
 
