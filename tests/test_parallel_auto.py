@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 from commands import Command
@@ -23,7 +23,7 @@ from helix.command.sweep import outcome
 from helix.config import environment
 from helix.config.check import check
 from helix.config.methods import from_name, to_name
-from helix.config.parallel import GOALS, METHODS
+from helix.config.parallel import GOALS
 from helix.config.schema import PRETRAINED, ConfigError, InferConfig, Misfit, digest
 from helix.config.train_schema import TrainConfig, check_training
 from helix.planner import catalogue
@@ -37,7 +37,6 @@ SMALL = ["model.layers=2", "model.width=64", "model.mlp_hidden=64", "logger=none
 PROMPT = ["model=smollm2", "prompt=The capital of France is", "logger=none", "device=cpu"]
 # A node whose file says everything that a plan asks for.
 NODE = ["hardware=dgx_h100", "precision=bf16-true"]
-One = TypeVar("One", InferConfig, TrainConfig)
 
 
 @pytest.fixture(autouse=True)
@@ -51,21 +50,17 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environment, "free_memory_bytes", lambda: 10**15)
 
 
-def infer(*words: str) -> Any:
-    return _composed("infer", InferConfig, words)
-
-
-def train(*words: str) -> Any:
-    return _composed("train", TrainConfig, words)
-
-
-def _composed(name: str, schema: type, words: Sequence[str]) -> Any:
+def infer(*words: str, name: str = "infer", schema: type = InferConfig) -> Any:
     prepare((), name, schema)
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return typed(compose(name, list(words)), CONF)
 
 
-def _every_layout(one: One, work: Work, ranks: int, check_all: Callable[[Any], None]) -> set[str]:
+def train(*words: str) -> Any:
+    return infer(*words, name="train", schema=TrainConfig)
+
+
+def _every_layout(one: Any, work: Work, ranks: int, check_all: Callable[[Any], None]) -> set[str]:
     """Hold every layout that the planner calls runnable against the command's own names and checks."""
     model = "smollm2" if one.model.kind == PRETRAINED else one.model
     shape = catalogue.shape(catalogue.model(model) if isinstance(model, str) else model, work.mode)
@@ -83,7 +78,6 @@ def _every_layout(one: One, work: Work, ranks: int, check_all: Callable[[Any], N
                 assert work.mode != "generate" or parallel.decode == layout.decode
             assert (parallel.residual == "sharded") == (layout.options.residual == "sharded")
             assert layout.stage == 1 or parallel.microbatches == layout.microbatches
-            assert parallel.method in METHODS
             check_all(replace(one, parallel=parallel))
             methods.add(parallel.method)
     return methods
