@@ -34,6 +34,8 @@ class Axis:
 
 
 SINGLE = Axis("single", 1, 0, None)
+# Backends over which collectives are built from one direct exchange.
+DIRECT = {"gloo"}
 
 
 def axis_of(line: DeviceMesh, name: str) -> Axis:
@@ -41,7 +43,7 @@ def axis_of(line: DeviceMesh, name: str) -> Axis:
     if line.size() == 1:
         return Axis(name, 1, 0, None)
     group = line.get_group()
-    return Axis(name, line.size(), line.get_local_rank(), group, exchanges=dist.get_backend(group) == "gloo")
+    return Axis(name, line.size(), line.get_local_rank(), group, exchanges=dist.get_backend(group) in DIRECT)
 
 
 class Mesh:

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from helix.comm.mesh import DIRECT
+
 DEVICE = torch.device("meta")
 
 
@@ -30,13 +32,20 @@ class _Devices:
 
 
 @contextmanager
-def pretended(ranks: int, per_host: int = 1) -> Iterator[None]:
-    """Within, this is rank 0 of `ranks`. Collectives return at once, and leave in their output what was in it."""
+def pretended(ranks: int, per_host: int = 1, direct: bool = False) -> Iterator[None]:
+    """Within, this is rank 0 of `ranks`. Collectives return at once, and leave in their output what was in it.
+
+    Args:
+        direct: whether collectives are built from direct exchanges, as over gloo, whose buffers they have then.
+    """
     assert not dist.is_initialized(), "a process has one default group"
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     setattr(torch, DEVICE.type, _Devices(per_host))
+    if direct:
+        DIRECT.add("fake")
     try:
         yield
     finally:
+        DIRECT.discard("fake")
         delattr(torch, DEVICE.type)
         dist.destroy_process_group()
