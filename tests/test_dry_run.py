@@ -32,7 +32,7 @@ from helix.config.schema import (
 from helix.dryrun import drawn, timeline
 from helix.dryrun.figures import Traced
 from helix.dryrun.live import Live
-from helix.dryrun.run import run
+from helix.dryrun.run import band, run
 from helix.dryrun.tracer import Trace, Tracer
 from helix.dryrun.world import DEVICE, pretended
 from helix.generation.errors import CannotRun
@@ -129,12 +129,25 @@ def test_flops_and_weights_are_those_of_the_closed_forms(schedule: str, causal: 
     assert 0 <= one.buffers <= one.activations.traced
 
 
-@pytest.mark.parametrize("name", ["helix_1x4", "helix_4x1", "tp4", "dp4"])
+@pytest.mark.parametrize("name", ["helix_1x4", "helix_4x1", "tp4"])
 def test_rank_0_is_as_full_as_any(name: str) -> None:
     """Where ranks do not divide the vocabulary or the MLP, the last ones have less."""
     hidden = 81 if name.startswith("helix") else 80  # PyTorch's own tensor parallelism divides it, or fails
     found, _ = traced(settings(name, kv_heads=4, vocab=259, mlp_hidden=hidden))
     assert found.fullest == (0, found.weights.traced)
+
+
+def test_another_rank_that_sends_more_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Of three samples slice 0 was dealt two, which it need not send away."""
+    one = settings("helix_2x2_batch", kv_heads=4)
+    one.workload.batch_size = 3
+    found, trace = traced(one)
+    assert found.busiest is not None
+    rank, sent = found.busiest
+    assert rank == 1
+    assert sent > sum(trace.bytes.values())
+    run(one, tmp_path)
+    assert "Rank 1 sends most in a step" in capsys.readouterr().out
 
 
 def test_routing_is_as_even_as_chance_makes_it() -> None:
@@ -246,6 +259,11 @@ def test_a_method_that_fails_says_so_itself(tmp_path: Path) -> None:
     run(one, tmp_path)
     (rival,) = json.loads((tmp_path / "dry_run.json").read_text())["baselines"]
     assert "same reduction dim" in rival["error"]
+
+
+def test_times_come_with_what_they_are_worth() -> None:
+    assert band(0.12) == "Against measurements on this hardware the median error of modelled times was 12%."
+    assert "unknown" in band(None)
 
 
 @pytest.mark.parametrize(

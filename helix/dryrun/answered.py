@@ -73,14 +73,17 @@ def question(settings: InferConfig) -> Question:
 
 
 def trace_answer(
-    settings: InferConfig, parallel: ParallelConfig, machine: Machine | None, asked: Question
+    settings: InferConfig, parallel: ParallelConfig, machine: Machine | None, asked: Question, gpu: bool = True
 ) -> tuple[Traced, list[tuple[str, Trace]]]:
     """Partition a model without weights as rank 0 of the group that is there, and trace a prompt and a token.
+
+    Args:
+        gpu: see `Tracer`.
 
     Raises:
         PartitionError, CheckpointError: if it cannot be made.
     """
-    tracer = Tracer()
+    tracer = Tracer(gpu=gpu)
     with tracer, torch.no_grad():
         model = _built(settings, parallel, asked)
         weights = sum(each.nbytes for each in model.parameters())
@@ -113,7 +116,6 @@ def trace_answer(
         method=MethodLabel(to_name(parallel), parallel.m, parallel.n, forms.schedules),
         ranks=parallel.ranks,
         weights=Pair(weights, cost.weight_bytes()),
-        fullest=(0, weights),  # shares are padded until they are even
         passes=passes,
         cache=Pair(last.held, cost.cache_bytes(asked.length + 1)),
         idle_ranks=dist.get_world_size() - parallel.ranks,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -51,8 +52,13 @@ class _Routed:
         return [self.rows] * len(routes)
 
 
-def trace_step(settings: InferConfig, parallel: ParallelConfig, machine: Machine | None) -> tuple[Traced, Trace]:
+def trace_step(
+    settings: InferConfig, parallel: ParallelConfig, machine: Machine | None, gpu: bool = True
+) -> tuple[Traced, Trace]:
     """Build a method as rank 0 of the group that is there, and trace its step.
+
+    Args:
+        gpu: see `Tracer`.
 
     Raises:
         PartitionError: if it cannot be built.
@@ -61,7 +67,7 @@ def trace_step(settings: InferConfig, parallel: ParallelConfig, machine: Machine
     shape, dtype = to_shape(settings.model), DTYPES[settings.precision]
     job = _Job(shape, work.batch_size, work.seq_len, dtype, DEVICE, settings.seed)
     routed = _routed(job, parallel, layout)
-    tracer = Tracer(routed.rows)
+    tracer = Tracer(routed.rows, gpu)
     with tracer, torch.no_grad():
         method = build(parallel.method, job, layout)
         assert method.model is not None, "rank 0 always has a part"
@@ -81,12 +87,12 @@ def trace_step(settings: InferConfig, parallel: ParallelConfig, machine: Machine
         activations=cost.activation_bytes(),
         seconds=None if machine is None else _planned_seconds(settings, parallel, layout, machine),
     )
-    predicted = method.predicted_weight_bytes()
     return Traced(
         method=_label(parallel, layout),
         ranks=parallel.ranks,
-        weights=Pair(weights, predicted),
-        fullest=_fullest(cost, predicted or weights),
+        weights=Pair(weights, method.predicted_weight_bytes()),
+        fullest=_first(cost, cost.weight_bytes),
+        busiest=_first(cost, partial(_sent, cost, routed.rows)) if parallel.method == "helix" else None,
         passes=[found],
         idle_ranks=method.idle_ranks,
         notes=[routed.note] if routed.note else [],
@@ -142,12 +148,16 @@ def _predicted(method: Method) -> Counter[str] | None:
     return method.predicted([torch.empty(tokens, top_k, dtype=torch.long, device=DEVICE)] * layers)
 
 
-def _fullest(cost: TransformerCost, own: int) -> tuple[int, int]:
-    """The first of the ranks with the most weights."""
+def _first(cost: TransformerCost, held: Callable[[int], int]) -> tuple[int, int] | None:
+    """The first of a replica's ranks with the most bytes, and how many."""
     if cost.grid.ranks == 1:
-        return 0, own
-    held = [cost.weight_bytes(rank) for rank in range(cost.grid.ranks)]
-    return held.index(max(held)), max(held)
+        return None
+    counts = [held(rank) for rank in range(cost.grid.ranks)]
+    return counts.index(max(counts)), max(counts)
+
+
+def _sent(cost: TransformerCost, rows: int, rank: int) -> int:
+    return sum(cost.bytes(rank, [rows] * cost.shape.layers).values())
 
 
 def _planned_seconds(

@@ -68,7 +68,8 @@ class Traced:
 
     Args:
         weights: bytes of rank 0's parameters.
-        fullest: the rank with the most weights by the closed form, and how many bytes.
+        fullest, busiest: the rank with the most weights, and the one that sends most in a step, by the closed forms
+            over all of them, and how many bytes; None where all ranks have the same form.
         cache: bytes of rank 0's keys and values after the last pass; None of a model that keeps none.
         idle_ranks: ranks without work.
         notes: what was assumed of this method, and what the forms leave out.
@@ -77,8 +78,9 @@ class Traced:
     method: MethodLabel
     ranks: int
     weights: Pair
-    fullest: tuple[int, int]
     passes: Sequence[Pass]
+    fullest: tuple[int, int] | None = None
+    busiest: tuple[int, int] | None = None
     cache: Pair | None = None
     idle_ranks: int = 0
     notes: Sequence[str] = ()

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-from helix.config.environment import speaks
+from helix.config.environment import gpus, speaks
 from helix.config.methods import baselines_of, to_name
 from helix.config.schema import PRETRAINED, ConfigError, InferConfig, ParallelConfig, digest
 from helix.dryrun import timeline
@@ -27,10 +27,12 @@ from helix.study.report import MethodLabel, Schedules, plain, write_whole
 
 REPORT = "dry_run.json"
 AUTO = "auto"
-TRACED = (
-    "Rank 0 was traced, on tensors without numbers, as on a GPU: fused attention and RMS norm are one kernel each, "
-    "and a collective has one buffer for what it returns (gloo's have more)."
-)
+TRACED = {
+    True: "Rank 0 was traced, on tensors without numbers, as on GPUs: fused attention and RMS norm are one kernel "
+    "each, and a collective has one buffer for what it returns, as over NCCL.",
+    False: "Rank 0 was traced, on tensors without numbers, as on CPUs: fused attention is one kernel, and collectives "
+    "are built from exchanges, as over gloo; gloo's own buffers and the allocator's slack are not there.",
+}
 _SERIAL = "Times are those of each operator by itself, one after the other: nothing is hidden behind computation."
 
 # What the libraries under a method raise where a model's sizes do not suit them, or that are not there.
@@ -51,9 +53,10 @@ def run(settings: InferConfig, run_dir: Path) -> None:
         return
     began = time.monotonic()
     machine, notes = _machine(settings)
-    trial, batch, length = _trial(settings, machine)
+    gpu = _on_gpus(settings)
+    trial, batch, length = _trial(settings, machine, gpu)
     main = to_name(settings.parallel)
-    with pretended(settings.parallel.ranks, settings.hardware.devices_per_host or 1):
+    with pretended(settings.parallel.ranks, settings.hardware.devices_per_host or 1, direct=not gpu):
         try:
             found, passes = trial(settings.parallel)
         except _OWN_ERRORS as error:
@@ -71,7 +74,7 @@ def run(settings: InferConfig, run_dir: Path) -> None:
         hardware=asdict(settings.hardware),
         workload=asdict(settings.workload),
         precision=settings.precision,
-        notes=[TRACED, *notes],
+        notes=[TRACED[gpu], *notes],
         traced_s=time.monotonic() - began,
         settings=digest(settings),
     )
@@ -96,21 +99,30 @@ def _catalogue() -> list[str]:
     return [path.stem for path in sorted((CONF / "hardware").glob("*.yaml")) if path.stem != AUTO]
 
 
-def _trial(settings: InferConfig, machine: Machine | None) -> tuple[Trial, int, int]:
+def _on_gpus(settings: InferConfig) -> bool:
+    """Whether the ranks compute on GPUs: on those of the hardware, of which each has memory of its own."""
+    if settings.device != "auto":
+        return settings.device == "cuda"
+    if settings.hardware.name == AUTO:
+        return gpus() > 0
+    return settings.hardware.memory_GB_per_device is not None
+
+
+def _trial(settings: InferConfig, machine: Machine | None, gpu: bool) -> tuple[Trial, int, int]:
     """What traces a method; the samples and tokens that it is given."""
     if settings.model.kind != PRETRAINED:
         methods = {settings.parallel.method, *(each.method for each in baselines_of(settings))}
         load(methods, settings.model.experts > 0, "cpu")
 
         def trial(parallel: ParallelConfig) -> tuple[Traced, list[tuple[str, Trace]]]:
-            traced, trace = trace_step(settings, parallel, machine)
+            traced, trace = trace_step(settings, parallel, machine, gpu)
             return traced, [(STEP, trace)]
 
         return trial, settings.workload.batch_size, settings.workload.seq_len
     from helix.dryrun.answered import question, trace_answer
 
     asked = question(settings)
-    return partial(trace_answer, settings, machine=machine, asked=asked), asked.batch, asked.length
+    return partial(trace_answer, settings, machine=machine, asked=asked, gpu=gpu), asked.batch, asked.length
 
 
 def _rival(trial: Trial, parallel: ParallelConfig) -> Traced | Refused:

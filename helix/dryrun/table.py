@@ -168,9 +168,9 @@ def _side_by_side(run: DryRun) -> Table:
 def _others(run: DryRun) -> list[str]:
     """What rank 0 does not stand for, and what only a baseline has."""
     notes = []
-    rank, held = run.main.fullest
-    if rank != run.rank:
-        notes.append(f"Rank {rank} has the most weights, {size(held)}, by the closed form.")
+    for found, words in ((run.main.fullest, "has the most weights"), (run.main.busiest, "sends most in a step")):
+        if found is not None and found[0] != run.rank:
+            notes.append(f"Rank {found[0]} {words}, {size(found[1])} by the closed form.")
     for each in (run.main, *run.baselines):
         if isinstance(each, Refused):
             notes.append(f"{each.method.name} cannot run: {each.error}.")

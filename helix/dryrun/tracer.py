@@ -91,11 +91,12 @@ class Tracer(TorchDispatchMode):
         rows: what stands for numbers that decide over shapes, as here no tensor has any: of a tensor's `item()`, the
             rows of the fullest expert, on which ranks agree before they exchange tokens; of `nonzero()`, those of
             each expert. Truths are taken to be true: checks pass.
+        gpu: whether RMS norm is one kernel, as there; else it is the operators that it is made of.
     """
 
-    def __init__(self, rows: int = 1) -> None:
+    def __init__(self, rows: int = 1, gpu: bool = True) -> None:
         super().__init__()
-        self.rows, self.live = rows, Live()
+        self.rows, self.gpu, self.live = rows, gpu, Live()
         self._trace = Trace()
         self._modules: list[str] = []
         self._awaited: tuple[str, int, tuple[int, ...]] | None = None
@@ -204,7 +205,7 @@ class _Listener(Log):
 
 
 class _Kernels(TorchFunctionMode):
-    """Takes fused attention and RMS norm for the one kernel that each is on a GPU: the meta device has none."""
+    """Takes fused attention, and on a GPU RMS norm, for the one kernel that it is: the meta device has none."""
 
     def __init__(self, tracer: Tracer) -> None:
         super().__init__()
@@ -214,7 +215,7 @@ class _Kernels(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             return self._attend(*args, **kwargs)
-        if func is F.rms_norm and not any(issubclass(kind, DTensor) for kind in types):
+        if func is F.rms_norm and self._tracer.gpu and not any(issubclass(kind, DTensor) for kind in types):
             return self._normed(*args, **kwargs)
         return func(*args, **kwargs)
 
