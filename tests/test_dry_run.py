@@ -138,8 +138,8 @@ def test_rank_0_is_as_full_as_any(name: str) -> None:
 
 
 def test_another_rank_that_sends_more_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """Of three samples slice 0 was dealt two, which it need not send away."""
-    one = settings("helix_2x2_batch", kv_heads=4)
+    """Of three samples the first of four ranks is dealt none: it has no output to send back."""
+    one = settings("helix_4x1_batch")
     one.workload.batch_size = 3
     found, trace = traced(one)
     assert found.busiest is not None
