@@ -6,23 +6,30 @@ against the single-device model (`helix.study.trial`), which also counts its byt
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import groupby
 from statistics import median
+from typing import Any
 
 import torch
 from scipy import stats
+from torch import Tensor
 
-from helix.calibration.cases import Case, named
+from helix.calibration.cases import Case
 from helix.comm.launch import launch
-from helix.config.methods import to_name
-from helix.config.schema import expert_parallel, to_grid, to_options, to_shape
+from helix.config.schema import to_shape
+from helix.dryrun.drawn import trace_step
+from helix.dryrun.world import pretended
 from helix.parallel.methods.build import load
-from helix.parallel.methods.method import Job, Layout
+from helix.parallel.methods.configured import DTYPES, resolve
+from helix.parallel.methods.method import Job, Method
+from helix.partition.grid import PartitionError
 from helix.study.accuracy import Oracle
 from helix.study.alternate import Rounds, Spans, alternate, step_ms
-from helix.study.inference import DTYPES
+from helix.study.memory import peak_of_tensors
 from helix.study.statistics import summarize
 from helix.study.text import byte_batches, corpus
 from helix.study.trial import Refused, Trial, try_out
@@ -37,17 +44,21 @@ class Outcome:
 
     Args:
         case: the work and the ranks, in words; layout: by its name, with its schedule.
+        ranks: of the launch.
         predicted_ms, measured_ms: of a step; the median of rounds, with its 95 % interval over them.
-        predicted_bytes, measured_bytes: of memory of the fullest rank, weights and what the first step added.
+        estimated_bytes, traced_bytes, measured_bytes: weights and the peak of a step's tensors on the fullest rank, by
+            the planner's closed form, by a dry run (None of methods that it cannot trace), and by the allocator.
         bytes_agree: whether every rank sent as many bytes by each collective as the closed forms say.
     """
 
     case: str
     layout: str
+    ranks: int
     predicted_ms: float
     measured_ms: float
     measured_ci95: tuple[float, float]
-    predicted_bytes: float
+    estimated_bytes: float
+    traced_bytes: float | None
     measured_bytes: int
     bytes_agree: bool
 
@@ -57,8 +68,14 @@ class Outcome:
         return self.predicted_ms / self.measured_ms - 1
 
     @property
-    def memory_error(self) -> float:
-        return self.predicted_bytes / self.measured_bytes - 1
+    def memory_error(self) -> float | None:
+        """Part by which the dry run's memory is above the measured one."""
+        return None if self.traced_bytes is None else self.traced_bytes / self.measured_bytes - 1
+
+    @property
+    def estimate_error(self) -> float:
+        """Part by which the closed form's memory is above the measured one."""
+        return self.estimated_bytes / self.measured_bytes - 1
 
 
 @dataclass(frozen=True)
@@ -101,7 +118,13 @@ class Validation:
 
     @property
     def memory_error(self) -> float:
-        return median(abs(one.memory_error) for one in self.outcomes)
+        """Median absolute error of the dry run's memory."""
+        return median(abs(one.memory_error) for one in self.outcomes if one.memory_error is not None)
+
+    @property
+    def estimate_error(self) -> float:
+        """Median absolute error of the closed form's memory."""
+        return median(abs(one.estimate_error) for one in self.outcomes)
 
     @property
     def bytes_agree(self) -> bool:
@@ -123,6 +146,43 @@ class Validation:
         choices = self.choices
         return sum(one.good for one in choices) / len(choices)
 
+    def missed(
+        self,
+        least_tau: float | None = None,
+        most_error: float | None = None,
+        most_memory_error: float | None = None,
+        least_good: float | None = None,
+    ) -> list[str]:
+        """The bounds that are missed, in words; bytes must agree in any case."""
+        bounds = (
+            (least_tau is not None and self.tau < least_tau, f"Kendall's tau {self.tau:.2f}, not {least_tau}"),
+            (most_error is not None and self.error > most_error, f"median error {self.error:.3f}, not {most_error}"),
+            (
+                most_memory_error is not None and self.memory_error > most_memory_error,
+                f"median error of memory {self.memory_error:.3f}, not {most_memory_error}",
+            ),
+            (
+                least_good is not None and self.good_choices < least_good,
+                f"good choices {self.good_choices:.2f}, not {least_good}",
+            ),
+            (not self.bytes_agree, "bytes differ"),
+        )
+        return [words for bad, words in bounds if bad]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: times in ms, memory in bytes."""
+        return {
+            "hardware": self.hardware,
+            "kendall_tau": self.tau,
+            "median_error": self.error,
+            "median_memory_error": self.memory_error,
+            "median_memory_estimate_error": self.estimate_error,
+            "bytes_agree": self.bytes_agree,
+            "good_choices": self.good_choices,
+            "choices": [asdict(one) for one in self.choices],
+            "outcomes": [asdict(one) for one in self.outcomes],
+        }
+
 
 def validate(hardware: str, cases: Sequence[Case], device: str, rounds: Rounds) -> Validation:
     """Run every case; all cases of as many ranks share a launch.
@@ -134,14 +194,38 @@ def validate(hardware: str, cases: Sequence[Case], device: str, rounds: Rounds) 
     outcomes: list[Outcome] = []
     for ranks, group in groupby(cases, lambda case: case.ranks):
         these = list(group)
+        traced = [_traced_bytes(case) for case in these]
         found = launch(_rank, these, rounds, ranks=ranks, device=device, timeout_s=TIMEOUT_S)
-        for case, answers in zip(these, zip(*found, strict=True), strict=True):
-            outcomes += _outcomes(case, answers)
+        for case, peaks, answers in zip(these, traced, zip(*found, strict=True), strict=True):
+            outcomes += _outcomes(case, peaks, answers)
     return Validation(hardware, tuple(outcomes))
 
 
-# Of one rank and case: each layout's trial, and the steps of its turns.
-Answer = tuple[dict[str, Trial], Spans]
+def _traced_bytes(case: Case) -> dict[str, float]:
+    """Bytes of rank 0's tensors at their peak by a dry run, of each layout that it knows."""
+    found = {}
+    with pretended(case.ranks, case.job.hardware.devices_per_host or 1, direct=case.job.device == "cpu"):
+        for name in case.layouts:
+            settings = case.settings(name)
+            with suppress(PartitionError, RuntimeError):
+                found[name] = trace_step(settings, settings.parallel, None)[0].peak
+    return found
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One rank's figures of one layout.
+
+    Args:
+        peak_bytes: of weights and of tensors that a step makes.
+    """
+
+    trial: Trial
+    peak_bytes: int
+
+
+# Of one rank and case: each layout's figures, and the steps of its turns.
+Answer = tuple[dict[str, Measured], Spans]
 
 
 def _rank(cases: Iterable[Case], rounds: Rounds) -> list[Answer]:
@@ -150,51 +234,54 @@ def _rank(cases: Iterable[Case], rounds: Rounds) -> list[Answer]:
 
 def _measure(case: Case, rounds: Rounds) -> Answer:
     """What each rank does for one case. Layouts that cannot run after all are left out, on every rank alike."""
-    cuda = torch.cuda.is_available() and torch.distributed.get_backend() == "nccl"
+    work = case.job.workload
+    cuda = case.job.device == "cuda"
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
-    work, shape = case.work, to_shape(case.model)
-    job = Job(shape, work.batch, work.length, DTYPES[work.precision], device, rounds.seed)
-    tokens = torch.from_numpy(byte_batches(corpus(None), work.batch, work.length, 1, rounds.seed))[0].to(device)
-    oracle, trials, steps = Oracle(job, tokens.cpu()), {}, {}
-    for estimate in case.estimates:
-        parallel = named(estimate.layout)
-        options = to_options(parallel, estimate.layout.prefill)
-        ep_size = expert_parallel(case.model, parallel)
-        layout = Layout(to_grid(parallel), parallel.data, parallel.stage, options, ep_size, parallel.microbatches)
+    shape, dtype = to_shape(case.job.model), DTYPES[case.job.precision]
+    job = Job(shape, work.batch_size, work.seq_len, dtype, device, rounds.seed)
+    text = byte_batches(corpus(None), work.batch_size, work.seq_len, 1, rounds.seed)
+    tokens = torch.from_numpy(text)[0].to(device)
+    oracle = Oracle(job, tokens.cpu())
+    measured: dict[str, Measured] = {}
+    steps: dict[str, Callable[[], None]] = {}
+    for name in case.layouts:
+        settings = case.settings(name)
+        layout = resolve(settings, settings.parallel)
         try:
-            method, trial = try_out(parallel.method, layout, job, tokens, oracle)
+            method, trial = try_out(settings.parallel.method, layout, job, tokens, oracle)
         except Refused:
             continue
-        trials[to_name(parallel)] = trial
-
-        def step(method: object = method) -> None:
-            with torch.inference_mode():
-                method.step(tokens)  # type: ignore[attr-defined]
-            if cuda:
-                torch.cuda.synchronize()
-
-        steps[to_name(parallel)] = step
-    return trials, alternate(steps, rounds)
+        steps[name] = partial(_step, method, tokens)
+        peak = peak_of_tensors(steps[name], device)
+        measured[name] = Measured(trial, trial.weight_bytes + peak)
+    return measured, alternate(steps, rounds)
 
 
-def _outcomes(case: Case, ranks: Sequence[Answer]) -> list[Outcome]:
+@torch.inference_mode()
+def _step(method: Method, tokens: Tensor) -> None:
+    method.step(tokens)
+    if tokens.is_cuda:
+        torch.cuda.synchronize()
+
+
+def _outcomes(case: Case, traced: Mapping[str, float], ranks: Sequence[Answer]) -> list[Outcome]:
     times = step_ms([spans for _, spans in ranks])
     found = []
-    for estimate in case.estimates:
-        name = to_name(named(estimate.layout))
-        if name not in times:
-            continue
-        trials = [each[name] for each, _ in ranks]
+    for name, rounds in times.items():
+        trials = [each[name].trial for each, _ in ranks]
+        estimate = case.layouts[name]
         found.append(
             Outcome(
-                case.name,
-                name,
-                estimate.seconds.total * 1e3,
-                median(times[name]),
-                summarize(times[name]).ci95,
-                estimate.memory.total,
-                max(one.weight_bytes + one.activation_bytes for one in trials),
-                all(one.predicted is None or one.executed == one.predicted for one in trials),
+                case=case.name,
+                layout=name,
+                ranks=case.ranks,
+                predicted_ms=estimate.seconds.total * 1e3,
+                measured_ms=median(rounds),
+                measured_ci95=summarize(rounds).ci95,
+                estimated_bytes=estimate.memory.total,
+                traced_bytes=traced.get(name),
+                measured_bytes=max(each[name].peak_bytes for each, _ in ranks),
+                bytes_agree=all(one.predicted is None or one.executed == one.predicted for one in trials),
             )
         )
     return found

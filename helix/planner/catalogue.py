@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import yaml  # type: ignore[import-untyped]
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 import helix
 from helix.config.folder import CONFIG, shape_of
@@ -25,10 +26,22 @@ def hardware(name: str) -> HardwareConfig:
     """A file of conf/hardware.
 
     Raises:
-        ConfigError: if there is none, with those that there are, or if a value of it is illegal.
+        ConfigError: if there is none, with those that there are; or if it is not as it should be.
     """
-    content = OmegaConf.merge(OmegaConf.structured(HardwareConfig), _read("hardware", name))
-    found = cast(HardwareConfig, OmegaConf.to_object(content))
+    return read(check_named("hardware", name))
+
+
+def read(path: Path) -> HardwareConfig:
+    """A hardware file.
+
+    Raises:
+        ConfigError: if it is not as it should be.
+    """
+    try:
+        content = OmegaConf.merge(OmegaConf.structured(HardwareConfig), yaml.safe_load(path.read_text()))
+        found = cast(HardwareConfig, OmegaConf.to_object(content))
+    except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"{path} is no hardware file: {' '.join(str(error).split())}") from error
     check_values(found, "hardware.")
     return found
 

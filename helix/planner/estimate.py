@@ -37,7 +37,7 @@ class Estimator:
 
     @cached_property
     def passes(self) -> Passes:
-        return Passes(self.shape, self.machine, self.work.itemsize)
+        return Passes(self.shape, self.machine, self.work.itemsize, self.work.commonest)
 
     @cached_property
     def answering(self) -> Answering:
@@ -89,7 +89,7 @@ class Estimator:
         return self.passes.sent_bytes(layout, batch, length, self.ep_size(layout))
 
     def fits(self, memory: Memory) -> bool:
-        return memory.total <= HEADROOM * self.machine.memory_bytes
+        return memory.total + self.machine.rank_bytes <= HEADROOM * self.machine.memory_bytes
 
     def samples(self, layout: Layout) -> int:
         """Of the fullest microbatch."""

@@ -40,6 +40,7 @@ class Machine:
         link_bytes_per_s, host_link_bytes_per_s: one device, one direction, inside an island and out of it.
         link_s, host_link_s: the smallest exchange between two devices.
         kernel_s: the smallest operation.
+        scores_bytes_per_s: at which unfused attention's scores are read and written; None for as fast as anything.
         rank_bytes: of a rank's process besides weights and activations.
         turns: ranks that share one device, each of which waits for the others' operations.
         shares: parts of the peak that operations reach by their size, where they were measured.
@@ -59,6 +60,7 @@ class Machine:
     link_s: float
     host_link_s: float
     kernel_s: float
+    scores_bytes_per_s: float | None = None
     rank_bytes: float = 0.0
     turns: float = 1.0
     shares: Shares | None = None
@@ -86,6 +88,11 @@ class Machine:
     def stream(self, nbytes: float) -> float:
         """Seconds of an operation that only reads and writes."""
         return self._operation(0.0, nbytes)
+
+    def scores(self, nbytes: float) -> float:
+        """Seconds in which attention that is no fused kernel reads and writes its scores."""
+        rate = self.scores_bytes_per_s or self.memory_bytes_per_s
+        return (nbytes / rate + self.kernel_s) * self.turns
 
     def _operation(self, computing_s: float, nbytes: float) -> float:
         return (max(computing_s, nbytes / self.memory_bytes_per_s) + self.kernel_s) * self.turns
@@ -188,6 +195,7 @@ def _machine(hardware: HardwareConfig, precision: str, devices: int, island: int
         link_s=seconds("link_latency_us"),
         host_link_s=seconds("host_link_latency_us"),
         kernel_s=seconds("kernel_us"),
+        scores_bytes_per_s=None if hardware.scores_GB_per_s is None else hardware.scores_GB_per_s * 1e9,
         rank_bytes=(hardware.rank_MB or 0.0) * 1e6,
         turns=max(1.0, turns),
         shares=curves.shares(hardware),

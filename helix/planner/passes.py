@@ -43,11 +43,13 @@ class Passes:
     Args:
         shape, machine: the model and the devices.
         itemsize: bytes of one number in the stream.
+        commonest: the commonest token's part of all tokens; see `expected_fullest`.
     """
 
     shape: TransformerShape
     machine: Machine
     itemsize: int
+    commonest: float = 0.0
 
     def layer(self, layout: Layout, batch: int, length: int, ep_size: int) -> LayerTime:
         """A layer's pass over batch x length tokens of one replica's stage."""
@@ -102,7 +104,7 @@ class Passes:
         if not rows * inner * columns:
             return 0.0
         nbytes = (rows * inner + inner * columns + rows * columns) * self.itemsize
-        return self.machine.matmul(2 * rows * inner * columns, nbytes)
+        return self.machine.matmul(2 * rows * inner * columns, nbytes, min(rows, inner, columns))
 
     def _mlp(self, rows: float, hidden: float) -> float:
         up = self.product(rows, self.shape.width, hidden * (self.shape.mlp_matrices - 1))
@@ -111,14 +113,16 @@ class Passes:
     def core(self, layout: Layout, cost: TransformerCost) -> Seconds:
         """The core attention on the busiest rank of the m-group."""
         shape, p, tokens = cost.shape, layout.grid.ranks, cost.batch * cost.length
-        flops = cost.attention.core_flops()
-        numbers = 2 * tokens * (shape.heads + shape.kv_heads) * shape.head_dim / p
+        flops, slice_dim = cost.attention.core_flops(), shape.head_dim // layout.m
+        nbytes = 2 * tokens * (shape.heads + shape.kv_heads) * shape.head_dim / p * self.itemsize
         if layout.fused and layout.prefill not in ("gather", "score"):
-            return Seconds(attention=self.machine.attention(flops, numbers * self.itemsize))
-        heads = shape.heads / layout.n
-        scores = tokens * cost.length * heads * SCORE_PASSES * self.itemsize
-        products = self.machine.matmul(flops, numbers * self.itemsize)  # two of them, of equal size
-        return Seconds(attention=products + self.machine.kernel_s + self.machine.stream(scores))
+            head_dim = slice_dim if layout.prefill == "perslice" else shape.head_dim
+            return Seconds(attention=self.machine.attention(flops, nbytes, head_dim, cost.length))
+        pairs = tokens * cost.length * shape.heads / layout.n
+        if layout.prefill == "gather":  # forms the masked scores too
+            flops = round(2 * pairs * (shape.head_dim + slice_dim))
+        products = self.machine.matmul(flops, nbytes, slice_dim) + self.machine.kernel_s  # two of them
+        return Seconds(attention=products + self.machine.scores(pairs * SCORE_PASSES * self.itemsize))
 
     def dense(self, cost: TransformerCost, tokens: int) -> Seconds:
         """Projections, the dense MLP, norms, residuals, positions and activation of one layer."""
@@ -139,7 +143,8 @@ class Passes:
     def _capacity(self, tokens: int) -> int:
         """Rows of the fullest expert that one rank sends to."""
         shape = self.shape
-        return max(1, round(expected_fullest(tokens * shape.top_k, shape.experts))) if shape.experts else 0
+        rows = expected_fullest(tokens * shape.top_k, shape.experts, self.commonest)
+        return max(1, round(rows)) if shape.experts else 0
 
     def _experts(self, cost: TransformerCost) -> Seconds:
         """A rank's experts on what the ranks of its expert group send, each padded to the fullest."""
@@ -149,8 +154,10 @@ class Passes:
         own, rows = shape.experts // cost.ep_size, cost.ep_size * self._capacity(cost.tokens_per_shard)
         route = self.product(cost.tokens_per_shard, shape.width, shape.experts)
         activation = self.machine.stream(own * rows * shape.mlp_hidden * shape.mlp_matrices * self.itemsize)
+        # Tokens are put into a buffer of all experts, and taken out of it.
+        placed = 2 * self.machine.stream(2 * own * rows * shape.width * self.itemsize)
         each = self._mlp(rows, shape.mlp_hidden) - 2 * self.machine.kernel_s  # one grouped product, not one an expert
-        return Seconds(matmul=own * each + 2 * self.machine.kernel_s + route, memory=activation)
+        return Seconds(matmul=own * each + 2 * self.machine.kernel_s + route, memory=activation + placed)
 
     def head(self, tokens: int, vocab: int) -> Seconds:
         logits = self.machine.stream(2 * tokens * vocab * self.itemsize)

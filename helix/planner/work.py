@@ -24,6 +24,7 @@ class Work:
         length: tokens of a sequence, or of a prompt.
         new_tokens: to generate for each; 0 in the other modes.
         precision: in Lightning's names.
+        commonest: the commonest token's part of all tokens, which go to the same experts; 0 where nobody knows.
     """
 
     mode: str
@@ -31,6 +32,7 @@ class Work:
     length: int
     new_tokens: int = 0
     precision: str = "bf16-true"
+    commonest: float = 0.0
 
     @property
     def itemsize(self) -> int:

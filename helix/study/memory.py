@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
+from torch._C._profiler import _EventType
+from torch.profiler import ProfilerActivity, profile
 
 
 class PeakMemory:
@@ -50,3 +54,30 @@ def _resident_peak() -> int:
         return int(psutil.Process().memory_info().rss)
     line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024
+
+
+def peak_of_tensors(step: Callable[[], object], device: torch.device) -> int:
+    """Bytes by which tensors grow while `step` runs, at their peak, by the allocator's own account.
+
+    Unlike `PeakMemory` on the CPU it knows of no library's buffers, and of nothing that the C library keeps.
+    """
+    if device.type == "cuda":
+        memory = PeakMemory(device)
+        step()
+        torch.cuda.synchronize(device)
+        return memory.growth()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as observed:
+        step()
+    held, peak = 0, 0
+    for _, change in sorted(_allocations(observed.profiler.kineto_results.experimental_event_tree())):
+        held += change
+        peak = max(peak, held)
+    return peak
+
+
+def _allocations(events: Iterable[Any]) -> Iterator[tuple[int, int]]:
+    """When bytes were taken, or given back as a negative number."""
+    for event in events:
+        if event.tag == _EventType.Allocation:
+            yield event.start_time_ns, event.extra_fields.alloc_size
+        yield from _allocations(event.children)
