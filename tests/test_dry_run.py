@@ -138,9 +138,9 @@ def test_rank_0_is_as_full_as_any(name: str) -> None:
 
 
 def test_another_rank_that_sends_more_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """Of three samples the first of four ranks is dealt none: it has no output to send back."""
+    """Of six samples the second of four ranks is dealt two, whose outputs it sends back."""
     one = settings("helix_4x1_batch")
-    one.workload.batch_size = 3
+    one.workload.batch_size = 6
     found, trace = traced(one)
     assert found.busiest is not None
     rank, sent = found.busiest

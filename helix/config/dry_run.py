@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from helix.config.methods import baselines_of, to_name
+from helix.config.methods import baselines_of
 from helix.config.parallel import PEERS, ParallelConfig
 from helix.config.schema import ConfigError, InferConfig
 
@@ -31,6 +31,4 @@ def _check_traced(key: str, layout: ParallelConfig) -> None:
             "python -m helix plan for pipelines"
         )
     if layout.method in PEERS:
-        raise ConfigError(
-            f"{key} is another project's code, {to_name(layout)}, which a dry run does not trace; take {_TRACED}"
-        )
+        raise ConfigError(f"{key} is another project's code, which a dry run does not trace; take {_TRACED}")
