@@ -11,6 +11,7 @@ from helix.calibration.points import Points
 from helix.calibration.rounds import timed
 from helix.comm import transport
 from helix.comm.mesh import Axis, Mesh
+from helix.comm.shared_memory import SLOT_BYTES
 from helix.config.hardware import KINDS
 from helix.models.transformer import Transformer
 from helix.partition import wire
@@ -37,9 +38,8 @@ def exchange_times(points: Points) -> tuple[dict[Label, list[float]], int]:
     works: dict[Label, Callable[[], object]] = {}
     for group in groups(ranks):
         axis = Mesh(Grid(group, ranks // group), device_type=device.type).slice
-        for size in points.sizes:
-            for kind in KINDS:
-                numel = _numel(kind, group, size)
+        for kind in KINDS:
+            for numel in numels(kind, group, points):
                 works[kind, group, sent_bytes(kind, group, numel)] = _work(kind, axis, numel, device)
     return timed(works, device, points.rounds, f"collectives of {ranks} ranks"), buffers
 
@@ -47,6 +47,20 @@ def exchange_times(points: Points) -> tuple[dict[Label, list[float]], int]:
 def groups(ranks: int) -> list[int]:
     """Sizes of groups that fill so many ranks: powers of two."""
     return [2**power for power in range(1, ranks.bit_length())]
+
+
+def numels(kind: str, group: int, points: Points) -> list[int]:
+    """Numbers of one collective's points, ascending.
+
+    Times of cores jump where a tensor is too large for shared memory: on both sides of that there is a point.
+    """
+    found = {_numel(kind, group, size) for size in points.sizes}
+    if (
+        points.device == "cpu" and kind != "all_to_all"
+    ):  # which never goes there, as a rank does not know others' sizes
+        most = SLOT_BYTES // _ITEMSIZE // group * group
+        found |= {most, most + group}
+    return sorted(found)
 
 
 def sent_bytes(kind: str, group: int, numel: int) -> int:

@@ -79,7 +79,7 @@ def _cores(ranks: tuple[int, ...], quick: bool) -> Points:
         head_dims=(16, 64) if quick else (8, 16, 32, 64, 128),
         lengths=(64, 256) if quick else (64, 256, 1024),
         attention_flops=2e7 if quick else 2e8,
-        sizes=(256, 32768) if quick else (256, 4096, 32768, 131072, 524288, 2097152),
+        sizes=(256, 1048576) if quick else (256, 8192, 262144, 1048576, 4194304),
     )
 
 

@@ -76,12 +76,14 @@ def _exchanges(found: Calibration) -> Table:
         table.add_column(size(nbytes), justify="right", no_wrap=True)
     for kind in dict.fromkeys(row.kind for row in rows):
         for row in (each for each in rows if each.kind == kind):
-            table.add_row(kind, str(row.ranks), *_milliseconds(row))
+            table.add_row(kind, str(row.ranks), *_milliseconds(row, found.points.sizes))
     return table
 
 
-def _milliseconds(row: MeasuredExchange) -> list[str]:
-    return [f"{us / 1e3:.3g}" for us in row.us]
+def _milliseconds(row: MeasuredExchange, sizes: Sequence[int]) -> list[str]:
+    """At the points that are nearest to these sizes: a group's own are multiples of its ranks, and there are more."""
+    nearest = (min(zip(row.bytes, row.us, strict=True), key=lambda point: abs(point[0] - size)) for size in sizes)
+    return [f"{us / 1e3:.3g}" for _, us in nearest]
 
 
 def _percent(share: float) -> str:

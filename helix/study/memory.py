@@ -12,6 +12,8 @@ import torch
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 
+from helix.study.profile import keep_quiet
+
 
 class PeakMemory:
     """Growth of the memory that is in use, from now to its peak.
@@ -66,6 +68,7 @@ def peak_of_tensors(step: Callable[[], object], device: torch.device) -> int:
         step()
         torch.cuda.synchronize(device)
         return memory.growth()
+    keep_quiet()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as observed:
         step()
     held, peak = 0, 0

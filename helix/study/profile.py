@@ -28,6 +28,11 @@ Trace = dict[str, Any]
 _ROWS = 100  # process numbers for each rank: its process and its devices
 
 
+def keep_quiet() -> None:
+    """Before a process's first profile: its library would announce each start and stop on the terminal."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+
+
 def profiled(step: Callable[[], T], folder: Path, device: torch.device) -> T:
     """Run one step under PyTorch's profiler and write what it did. Every rank calls it.
 
@@ -42,8 +47,7 @@ def profiled(step: Callable[[], T], folder: Path, device: torch.device) -> T:
     Returns:
         What the step returned.
     """
-    # The profiler's library would announce its start and stop on every rank's terminal.
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    keep_quiet()
     activities = [ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
