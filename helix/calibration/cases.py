@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+import numpy as np
+from numpy.typing import NDArray
+
 from helix.command.choose import concrete
 from helix.config.methods import to_name
 from helix.config.parallel import ParallelConfig
@@ -13,8 +16,8 @@ from helix.planner import catalogue
 from helix.planner.candidates import Asked, candidates
 from helix.planner.estimate import Estimator
 from helix.planner.machine import machine_of
-from helix.planner.routing import COMMONEST_BYTE
 from helix.planner.work import Estimate, Work
+from helix.study.text import byte_batches, corpus
 
 # Layers of the catalogue's models, and their (batch, length) by the device: steps of tenths of a second on two cores.
 LAYERS = 2
@@ -77,10 +80,23 @@ def cases(hardware: HardwareConfig, device: str, ranks: int, layouts: int) -> It
                 precision=PRECISION[device],
                 device=device,
             )
-            work = Work("forward", batch, length, precision=job.precision, commonest=COMMONEST_BYTE)
+            share = commonest(tokens_of(job))
+            work = Work("forward", batch, length, precision=job.precision, commonest=share)
             estimator = Estimator(catalogue.shape(job.model, work.mode), machine, work)
             yield Case(size, job, _some(estimator, size, layouts, job.parallel))
         size *= 2
+
+
+def tokens_of(job: InferConfig) -> NDArray[np.int64]:
+    """[B, T] of the text, as every rank reads it."""
+    work = job.workload
+    tokens: NDArray[np.int64] = byte_batches(corpus(work.text), work.batch_size, work.seq_len, 1, job.seed)[0]
+    return tokens
+
+
+def commonest(tokens: NDArray[np.int64]) -> float:
+    """The commonest token's part of all."""
+    return float(np.bincount(tokens.flatten()).max() / tokens.size)
 
 
 def _some(estimator: Estimator, ranks: int, count: int, asked: ParallelConfig) -> dict[str, Estimate]:

@@ -15,10 +15,11 @@ from statistics import median
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from scipy import stats
 from torch import Tensor
 
-from helix.calibration.cases import Case
+from helix.calibration.cases import Case, tokens_of
 from helix.comm.launch import launch
 from helix.config.schema import to_shape
 from helix.dryrun.drawn import trace_step
@@ -31,7 +32,6 @@ from helix.study.accuracy import Oracle
 from helix.study.alternate import Rounds, Spans, alternate, step_ms
 from helix.study.memory import peak_of_tensors
 from helix.study.statistics import summarize
-from helix.study.text import byte_batches, corpus
 from helix.study.trial import Refused, Trial, try_out
 
 WITHIN = 0.1  # of the best measured layout, where a choice counts as good
@@ -46,7 +46,7 @@ class Outcome:
         case: the work and the ranks, in words; layout: by its name, with its schedule.
         ranks: of the launch.
         predicted_ms, measured_ms: of a step; the median of rounds, with its 95 % interval over them.
-        estimated_bytes, traced_bytes, measured_bytes: weights and the peak of a step's tensors on the fullest rank, by
+        estimated_bytes, traced_bytes, measured_bytes: weights and the peak of a step's tensors on rank 0, by
             the planner's closed form, by a dry run (None of methods that it cannot trace), and by the allocator.
         bytes_agree: whether every rank sent as many bytes by each collective as the closed forms say.
     """
@@ -217,7 +217,7 @@ class Measured:
     """One rank's figures of one layout.
 
     Args:
-        peak_bytes: of weights and of tensors that a step makes.
+        peak_bytes: of weights and of tensors that a step makes; on rank 0.
     """
 
     trial: Trial
@@ -238,9 +238,8 @@ def _measure(case: Case, rounds: Rounds) -> Answer:
     cuda = case.job.device == "cuda"
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
     shape, dtype = to_shape(case.job.model), DTYPES[case.job.precision]
-    job = Job(shape, work.batch_size, work.seq_len, dtype, device, rounds.seed)
-    text = byte_batches(corpus(None), work.batch_size, work.seq_len, 1, rounds.seed)
-    tokens = torch.from_numpy(text)[0].to(device)
+    job = Job(shape, work.batch_size, work.seq_len, dtype, device, case.job.seed)
+    tokens = torch.from_numpy(tokens_of(case.job)).to(device)
     oracle = Oracle(job, tokens.cpu())
     measured: dict[str, Measured] = {}
     steps: dict[str, Callable[[], None]] = {}
@@ -252,9 +251,16 @@ def _measure(case: Case, rounds: Rounds) -> Answer:
         except Refused:
             continue
         steps[name] = partial(_step, method, tokens)
-        peak = peak_of_tensors(steps[name], device)
-        measured[name] = Measured(trial, trial.weight_bytes + peak)
+        measured[name] = Measured(trial, trial.weight_bytes + _peak(steps[name], device))
     return measured, alternate(steps, rounds)
+
+
+def _peak(step: Callable[[], None], device: torch.device) -> int:
+    """Of rank 0, which is the one that a dry run traces; a profile of every rank would take longer than the steps."""
+    if dist.get_rank() == 0:
+        return peak_of_tensors(step, device)
+    step()
+    return 0
 
 
 @torch.inference_mode()
@@ -280,7 +286,7 @@ def _outcomes(case: Case, traced: Mapping[str, float], ranks: Sequence[Answer]) 
                 measured_ci95=summarize(rounds).ci95,
                 estimated_bytes=estimate.memory.total,
                 traced_bytes=traced.get(name),
-                measured_bytes=max(each[name].peak_bytes for each, _ in ranks),
+                measured_bytes=ranks[0][0][name].peak_bytes,
                 bytes_agree=all(one.predicted is None or one.executed == one.predicted for one in trials),
             )
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 
@@ -46,6 +47,8 @@ def run(options: argparse.Namespace) -> None:
             check_file(option, file)
     device = _device(options)
     _check(options, device)
+    # The allocator would warn of every block that a profile sees freed and did not see taken.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     held = list(cases(hardware, device, options.ranks, options.layouts))
     from helix.calibration import validate_table  # brings torch
     from helix.calibration.validate import validate

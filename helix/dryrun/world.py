@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -38,6 +39,8 @@ def pretended(ranks: int, per_host: int = 1, direct: bool = False) -> Iterator[N
     Args:
         direct: whether collectives are built from direct exchanges, as over gloo, whose buffers they have then.
     """
+    # It would warn of every DTensor that is copied: compiled code could not find this group, and nothing is compiled.
+    logging.getLogger("torch.distributed.device_mesh").setLevel(logging.ERROR)
     assert not dist.is_initialized(), "a process has one default group"
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     setattr(torch, DEVICE.type, _Devices(per_host))

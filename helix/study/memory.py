@@ -9,7 +9,7 @@ from typing import Any
 
 import psutil
 import torch
-from torch._C._profiler import _EventType
+from torch._C._profiler import _EventType, _ExperimentalConfig
 from torch.profiler import ProfilerActivity, profile
 
 from helix.study.profile import keep_quiet
@@ -69,7 +69,9 @@ def peak_of_tensors(step: Callable[[], object], device: torch.device) -> int:
         torch.cuda.synchronize(device)
         return memory.growth()
     keep_quiet()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as observed:
+    # Of all threads: gloo's own give back what an exchange has held.
+    every = _ExperimentalConfig(profile_all_threads=True)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, experimental_config=every) as observed:
         step()
     held, peak = 0, 0
     for _, change in sorted(_allocations(observed.profiler.kineto_results.experimental_event_tree())):
