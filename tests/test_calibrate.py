@@ -22,7 +22,14 @@ from helix.calibration.points import Points, points_of
 from helix.calibration.results import Calibration, computing, exchanging, operations_of_a_layer
 from helix.command.plan import settings
 from helix.config.check import check_values
-from helix.config.hardware import KINDS, HardwareConfig, MeasuredAttention, MeasuredExchange, MeasuredProducts
+from helix.config.hardware import (
+    KINDS,
+    LIBRARY_KINDS,
+    HardwareConfig,
+    MeasuredAttention,
+    MeasuredExchange,
+    MeasuredProducts,
+)
 from helix.config.schema import ConfigError
 from helix.planner import catalogue
 from helix.planner.machine import machine_of
@@ -214,10 +221,13 @@ def test_this_machine_can_be_planned_for(conf: Path) -> None:
     rows += [(one.low, one.us, one.high) for one in hardware.exchanges]
     for lows, values, highs in rows:
         assert all(0 < low <= one <= high for low, one, high in zip(lows, values, highs, strict=True))
-    assert {(one.kind, one.ranks, one.group) for one in hardware.exchanges} == {(kind, 2, 2) for kind in KINDS}
+    assert {(one.kind, one.ranks, one.group) for one in hardware.exchanges} == {
+        (kind, 2, 2) for kind in (*KINDS, *LIBRARY_KINDS)
+    }
     assert max(hardware.products.share) == 1
     machine = machine_of(hardware, "32-true", 4)
-    assert machine.turns == 4 / hardware.devices_per_host
+    assert hardware.turns.ranks == [2]
+    assert machine.turns == pytest.approx(4 / hardware.devices_per_host * hardware.turns.times[0])
     assert 0 < machine.matmul(1e9, 0, 64) < 10
 
 

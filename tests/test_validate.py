@@ -76,7 +76,9 @@ def test_measured_shares_go_before_the_stated_ones() -> None:
 
 
 def _outcome(case: str, layout: str, predicted: float, measured: float, **changes: object) -> Outcome:
-    one = Outcome(case, layout, 2, predicted, measured, (measured, measured), 100, 100, 100, True)
+    one = Outcome(
+        case, layout, 2, layout in ("helix_1x2", "dp2"), predicted, measured, (measured, measured), 100, 100, 100, True
+    )
     return replace(one, **changes)  # type: ignore[arg-type]
 
 
@@ -100,6 +102,10 @@ def test_outcomes_are_summed_up() -> None:
         ("dp2", "dp2", True),
     ]
     assert FOUND.good_choices == 0.5
+    assert FOUND.tau_within == pytest.approx(0)
+    refused = Validation("m", FOUND.outcomes[1:])
+    assert [one.chosen for one in refused.choices] == ["what cannot run", "dp2"]
+    assert refused.good_choices == 0.5
     assert FOUND.missed() == []
     missed = FOUND.missed(least_tau=0.9, most_error=0.1, most_memory_error=0.1, least_good=0.9)
     assert [words.split(",")[0] for words in missed] == [
@@ -149,6 +155,7 @@ def test_a_case_is_measured_on_ranks() -> None:
         (["cpu", "--rounds", "1"], "an interval needs --rounds of at least 2"),
         (["cpu", "--layouts", "1"], "--layouts must be at least 2"),
         (["cpu", "--device", "cuda"], "--device cuda needs a GPU"),
+        (["l40s", "--write"], "--write puts this machine's error into"),
         (["cpu", "--json", "/nowhere/x.json"], "there is no folder /nowhere"),
     ],
 )

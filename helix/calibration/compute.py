@@ -36,6 +36,8 @@ FEW_LAYERS, MANY_LAYERS = 2, 10
 # Products read weights that others' calls have pushed out of the nearest cache, as a model's layers do.
 _WEIGHTS = 4
 _SCORES_LENGTH = 256
+TURN = "turn"
+_TURN_ROWS, _TURN_CALLS = 64, 4  # about what one of 16 ranks computes between two exchanges
 _ATTENTION_BYTES = 2**26  # of queries, keys and values of one call
 
 
@@ -52,12 +54,24 @@ def compute_times(points: Points) -> dict[Label, list[float]]:
             **_streams(points, device),
             **_scores(points, device),
             **_models(device),
+            **({(TURN,): block(points.layer)} if device.type == "cpu" else {}),
         },
         device,
         points.rounds,
         f"products, attention and memory of {points.devices} {'GPUs' if points.device == 'cuda' else 'cores'}",
         time.monotonic if points.device == "cuda" else time.process_time,
     )
+
+
+def block(layer: Layer) -> Callable[[], None]:
+    """A millisecond or two of products, between two exchanges, of a rank that shares cores with others."""
+    x, weight = torch.randn(_TURN_ROWS, layer.width), torch.randn(layer.width, layer.width)
+
+    def run() -> None:
+        for _ in range(_TURN_CALLS):
+            F.linear(x, weight)
+
+    return run
 
 
 def product_flops(layer: Layer, width: int) -> int:

@@ -7,12 +7,13 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
+from helix.calibration import compute
 from helix.calibration.points import Points
 from helix.calibration.rounds import timed
 from helix.comm import transport
 from helix.comm.mesh import Axis, Mesh
 from helix.comm.shared_memory import SLOT_BYTES
-from helix.config.hardware import KINDS
+from helix.config.hardware import KINDS, LIBRARY_KINDS
 from helix.models.transformer import Transformer
 from helix.partition import wire
 from helix.partition.grid import Grid
@@ -21,7 +22,8 @@ from helix.partition.shape import TransformerShape
 from helix.partition.transformer_cost import TransformerCost
 from helix.study.memory import PeakMemory
 
-# Kind, size of a group, and bytes that each rank sends.
+# Kind, size of a group, and bytes that each rank sends. Of a turn at computing: the ranks, and 1, or 0 for the
+# exchange after it by itself.
 Label = tuple[str, int, int]
 _NAME = "calibration"
 _ITEMSIZE = torch.float32.itemsize
@@ -38,9 +40,14 @@ def exchange_times(points: Points) -> tuple[dict[Label, list[float]], int]:
     works: dict[Label, Callable[[], object]] = {}
     for group in groups(ranks):
         axis = Mesh(Grid(group, ranks // group), device_type=device.type).slice
-        for kind in KINDS:
+        for kind in KINDS if device.type == "cuda" else (*KINDS, *LIBRARY_KINDS):
             for numel in numels(kind, group, points):
                 works[kind, group, sent_bytes(kind, group, numel)] = _work(kind, axis, numel, device)
+    if device.type == "cpu":
+        axis = Mesh(Grid(ranks, 1)).slice
+        block, small = compute.block(points.layer), torch.ones(1)
+        works[compute.TURN, ranks, 1] = lambda: (block(), transport.all_gather(small, axis, _NAME))
+        works[compute.TURN, ranks, 0] = lambda: transport.all_gather(small, axis, _NAME)
     return timed(works, device, points.rounds, f"collectives of {ranks} ranks"), buffers
 
 
@@ -54,6 +61,8 @@ def numels(kind: str, group: int, points: Points) -> list[int]:
 
     Times of cores jump where a tensor is too large for shared memory: on both sides of that there is a point.
     """
+    if kind in LIBRARY_KINDS:
+        return sorted({_numel(kind, group, size) for size in points.sizes[::2]})
     found = {_numel(kind, group, size) for size in points.sizes}
     if (
         points.device == "cpu" and kind != "all_to_all"
@@ -65,6 +74,7 @@ def numels(kind: str, group: int, points: Points) -> list[int]:
 
 def sent_bytes(kind: str, group: int, numel: int) -> int:
     """What a rank sends of `numel` numbers: its shard in a gather, all that it has in the others."""
+    kind = kind.removeprefix("library_")
     if kind == "all_to_all":
         return wire.all_to_all(numel, numel // group, _ITEMSIZE)
     count: int = getattr(wire, kind)(numel, group, _ITEMSIZE)
@@ -73,6 +83,7 @@ def sent_bytes(kind: str, group: int, numel: int) -> int:
 
 def _numel(kind: str, group: int, size: int) -> int:
     """Numbers of which a rank sends about `size` bytes; a multiple of the group's size where they are dealt out."""
+    kind = kind.removeprefix("library_")
     each = max(1, size // (_ITEMSIZE * (group - 1)))  # that go to each of the others
     if kind == "all_gather":
         return each
@@ -81,6 +92,11 @@ def _numel(kind: str, group: int, size: int) -> int:
 
 def _work(kind: str, axis: Axis, numel: int, device: torch.device) -> Callable[[], object]:
     x = torch.ones(numel, device=device)
+    if kind == "library_all_reduce":
+        return lambda: dist.all_reduce(x, group=axis.group)
+    if kind == "library_all_to_all":
+        out = torch.empty_like(x)
+        return lambda: dist.all_to_all_single(out, x, group=axis.group)
     if kind == "all_to_all":
         rows = [numel // axis.size] * axis.size
         return lambda: transport.all_to_all(x, axis, rows, rows, _NAME)

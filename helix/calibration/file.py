@@ -10,6 +10,7 @@ from typing import Any, cast
 
 from omegaconf import OmegaConf
 
+from helix.calibration.points import MARK
 from helix.calibration.results import Calibration
 from helix.config.check import check_values
 from helix.config.hardware import HardwareConfig
@@ -17,8 +18,7 @@ from helix.config.schema import ConfigError
 from helix.study.statistics import Typical
 
 # The first words of every file that a calibration has written: no other may be overwritten.
-MARK = "# Measured by `python -m helix calibrate`"
-_CURVES = ("products", "attention", "exchanges")
+_CURVES = ("turns", "products", "attention", "exchanges")
 
 
 def check_place(folder: Path, name: str, force: bool) -> Path:

@@ -7,6 +7,9 @@ from itertools import takewhile
 
 from helix.config import environment
 
+# How a calibration's file begins.
+MARK = "# Measured by `python -m helix calibrate`"
+
 
 @dataclass(frozen=True)
 class Layer:

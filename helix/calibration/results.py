@@ -11,8 +11,15 @@ import numpy as np
 from scipy import optimize
 
 from helix.calibration import compute
+from helix.calibration.compute import TURN
 from helix.calibration.points import Points
-from helix.config.hardware import HardwareConfig, MeasuredAttention, MeasuredExchange, MeasuredProducts
+from helix.config.hardware import (
+    HardwareConfig,
+    MeasuredAttention,
+    MeasuredExchange,
+    MeasuredProducts,
+    MeasuredTurns,
+)
 from helix.planner.curves import Curve
 from helix.planner.layout import Layout
 from helix.planner.machine import Machine
@@ -50,12 +57,14 @@ class Calibration:
         intervals: of those figures that stand alone, by key.
         notes: what each figure is of, by key; a file's comments.
         points: what was measured.
+        turn_s: seconds of one turn at computing by itself (`compute.block`); None on GPUs, which nobody shares.
     """
 
     hardware: HardwareConfig
     intervals: dict[str, Typical]
     notes: dict[str, str]
     points: Points
+    turn_s: float | None
 
 
 def computing(points: Points, times: Mapping[compute.Label, list[float]]) -> Calibration:
@@ -101,7 +110,8 @@ def computing(points: Points, times: Mapping[compute.Label, list[float]]) -> Cal
         attention=attention,
     )
     notes = _notes(points, best)
-    return Calibration(_with(hardware, intervals), intervals, notes, points)
+    turn_s = typical(times[TURN,]).value if (TURN,) in times else None
+    return Calibration(_with(hardware, intervals), intervals, notes, points, turn_s)
 
 
 def exchanging(
@@ -117,11 +127,12 @@ def exchanging(
     """
     rows = []
     for ranks, labels in times.items():
-        for kind, group in sorted({label[:2] for label in labels}):
+        for kind, group in sorted({label[:2] for label in labels if label[0] != TURN}):
             sizes = sorted(size for name, other, size in labels if (name, other) == (kind, group))
             us = _lists([[second * 1e6 for second in labels[kind, group, size]] for size in sizes])
             rows.append(MeasuredExchange(kind, ranks, group, sizes, *us))
-    hardware, intervals = replace(found.hardware, exchanges=rows), dict(found.intervals)
+    hardware = replace(found.hardware, exchanges=rows, turns=_turns(found, times))
+    intervals = dict(found.intervals)
     if times:
         hardware.link_share = 1.0
         intervals["link_GB_per_s"], intervals["link_latency_us"] = _link(times[2])
@@ -131,6 +142,17 @@ def exchanging(
         else:
             hardware.rank_MB = _rounded(float(np.median(held)))
     return replace(found, hardware=_with(hardware, intervals), intervals=intervals)
+
+
+def _turns(found: Calibration, times: Mapping[int, Mapping[tuple[str, int, int], list[float]]]) -> MeasuredTurns:
+    """Times as long as a rank's share of the cores takes, what the exchange takes by itself left out."""
+    slower = {}
+    for ranks, labels in times.items():
+        if found.turn_s is not None and (TURN, ranks, 1) in labels:
+            share = found.turn_s * max(1.0, ranks / found.points.devices)
+            both = zip(labels[TURN, ranks, 1], labels[TURN, ranks, 0], strict=True)
+            slower[ranks] = [max(whole - alone, whole / 2) / share for whole, alone in both]
+    return MeasuredTurns(list(slower), *_lists(list(slower.values()))) if slower else MeasuredTurns()
 
 
 def operations_of_a_layer() -> float:
@@ -170,7 +192,7 @@ def _scores_rates(
     pairs, whole, narrow = samples * heads * length**2, points.layer.head_dim, compute.narrow_dim(points)
     share = Curve(tuple(products.width), tuple(products.share))
     flops = {"score": (4 * pairs * whole, whole), "gather": (2 * pairs * (whole + narrow), narrow)}
-    schedules = [str(name) for group, name, *_ in times if group == "scores"]
+    schedules = [str(label[1]) for label in times if label[0] == "scores"]
     computing = sum(count / (peak * 1e12 * share(width)) for count, width in map(flops.__getitem__, schedules))
     nbytes = len(schedules) * SCORE_PASSES * pairs * ITEMSIZE[points.precision]
     seconds = (sum(times["scores", name][turn] for name in schedules) for turn in range(points.rounds))
@@ -256,6 +278,7 @@ def _notes(points: Points, best: int) -> dict[str, str]:
         "rank_MB": "growth over the first step of a small model, less its activations"
         if points.device == "cpu"
         else "in use after the first step of a small model, less its tensors",
+        "turns": "products between two exchanges, the exchange left out, by the clock",
         "products": f"[{rows}, {layer.width} or more] x [.., width] and back, {points.precision}, {where}",
         "attention": f"fused and causal, {attending} a call, half of the scores counted, {where}",
         "exchanges": "all groups at once, calls back to back, the slowest rank",

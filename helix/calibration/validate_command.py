@@ -9,7 +9,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 from helix.calibration.cases import cases
+from helix.calibration.points import MARK
 from helix.config import environment
+from helix.config.hardware import HardwareConfig
 from helix.config.schema import ConfigError
 from helix.planner import catalogue
 from helix.study.plan_command import check_file
@@ -47,6 +49,8 @@ def run(options: argparse.Namespace) -> None:
             check_file(option, file)
     device = _device(options)
     _check(options, device)
+    if options.write:
+        _check_own(path, hardware, device)
     # The allocator would warn of every block that a profile sees freed and did not see taken.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     held = list(cases(hardware, device, options.ranks, options.layouts))
@@ -99,6 +103,15 @@ def _check(options: argparse.Namespace, device: str) -> None:
         raise ConfigError(f"an interval needs --rounds of at least 2, not {options.rounds}")
 
 
+def _check_own(path: Path, hardware: HardwareConfig, device: str) -> None:
+    """Check that a file is a calibration of the kind of devices that will be measured."""
+    if not path.read_text().startswith(MARK) or hardware.ranks_take_turns != (device == "cpu"):
+        raise ConfigError(
+            f"--write puts this machine's error into {path}, which is no calibration of it; make one by "
+            "python -m helix calibrate --name this_machine, or leave --write out"
+        )
+
+
 def write_error(path: Path, error: float) -> None:
     """Put the median error of times into a hardware file, whose other lines and comments stay."""
     lines = path.read_text().splitlines()
@@ -107,4 +120,9 @@ def write_error(path: Path, error: float) -> None:
     kept.insert(
         place, f"time_error_share: {error:.3f} # median of python -m helix validate, on the machine of this file"
     )
-    path.write_text("\n".join(kept) + "\n")
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        draft.write_text("\n".join(kept) + "\n")
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)

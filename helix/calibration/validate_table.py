@@ -35,7 +35,8 @@ def _summary(found: Validation) -> Text:
     good, choices = [one for one in found.choices if one.good], found.choices
     out = Text()
     out.append(f"{found.hardware}: {len(found.outcomes)} layouts of {len(choices)} cases\n", style="bold")
-    out.append(f"Kendall's tau of step times {found.tau:.2f}, median error {found.error:.0%}; ")
+    out.append(f"Kendall's tau of step times {found.tau:.2f} ({found.tau_within:.2f} within a case), ")
+    out.append(f"median error {found.error:.0%}; ")
     out.append(f"memory's by a dry run {found.memory_error:.0%}, by the closed form {found.estimate_error:.0%}; ")
     out.append("every rank sent the bytes that were predicted.\n" if found.bytes_agree else "bytes differ.\n")
     out.append(f"The planner's choice was within {WITHIN:.0%} of the best measured layout in {len(good)} of ")

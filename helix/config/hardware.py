@@ -9,6 +9,8 @@ from omegaconf import MISSING
 from helix.config.bounds import FIGURES, PLACES, at_least, bounded, one_of
 
 KINDS = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all")
+# The backend's own, as DTensor and DeepSpeed call them, where Helix's are built from direct exchanges: over gloo.
+LIBRARY_KINDS = ("library_all_reduce", "library_all_to_all")
 
 
 @dataclass
@@ -47,16 +49,31 @@ class MeasuredExchange:
     """One collective in all groups of `group` of a job's `ranks` at once.
 
     Args:
-        kind: of `KINDS`.
+        kind: of `KINDS` or `LIBRARY_KINDS`.
         bytes: that each rank sends at each point, by `helix.partition.wire`'s count, ascending.
         us: of one call; low, high: its 95 % interval.
     """
 
-    kind: str = one_of(MISSING, KINDS)
+    kind: str = one_of(MISSING, (*KINDS, *LIBRARY_KINDS))
     ranks: int = at_least(2)
     group: int = at_least(2)
     bytes: list[int] = field(default_factory=list, metadata=PLACES)
     us: list[float] = field(default_factory=list, metadata=FIGURES)
+    low: list[float] = field(default_factory=list, metadata=FIGURES)
+    high: list[float] = field(default_factory=list, metadata=FIGURES)
+
+
+@dataclass
+class MeasuredTurns:
+    """How much longer ranks that share cores take than their share of them makes it.
+
+    Args:
+        ranks: of each point, ascending.
+        times: as long as that share alone would take; low, high: its 95 % interval.
+    """
+
+    ranks: list[int] = field(default_factory=list, metadata=PLACES)
+    times: list[float] = field(default_factory=list, metadata=FIGURES)
     low: list[float] = field(default_factory=list, metadata=FIGURES)
     high: list[float] = field(default_factory=list, metadata=FIGURES)
 
@@ -81,8 +98,8 @@ class HardwareConfig:
         rank_MB: what a rank's process takes besides weights and activations: buffers of its libraries.
         ranks_take_turns: whether more ranks than devices may share them, each as fast as its turns allow: on a CPU,
             whose devices are cores.
-        products, attention, exchanges: measured curves (`python -m helix calibrate`), which go before the rates and
-            shares above; empty where nobody has measured.
+        turns, products, attention, exchanges: measured curves (`python -m helix calibrate`), which go before the rates
+            and shares above; empty where nobody has measured.
         time_error_share: part by which step times were off what this file predicts, at the median, where that was
             measured.
     """
@@ -111,6 +128,7 @@ class HardwareConfig:
     rank_MB: float | None = at_least(0, None)
     ranks_take_turns: bool = False
     time_error_share: float | None = at_least(0, None)
+    turns: MeasuredTurns = field(default_factory=MeasuredTurns)
     products: MeasuredProducts = field(default_factory=MeasuredProducts)
     attention: list[MeasuredAttention] = field(default_factory=list)
     exchanges: list[MeasuredExchange] = field(default_factory=list)

@@ -57,9 +57,12 @@ class Exchanges:
 
     curves: dict[tuple[str, int, int], Curve]
 
+    def has(self, kind: str) -> bool:
+        return any(name == kind for name, _, _ in self.curves)
+
     def seconds(self, kind: str, nbytes: float, group: int, ranks: int) -> float:
         """One collective of all groups of `group` in a job of `ranks` at once, each rank sending `nbytes`."""
-        jobs = sorted({job for _, job, _ in self.curves})
+        jobs = sorted({job for name, job, _ in self.curves if name == kind})
         at = [job for job in jobs if job >= group] or jobs[-1:]
         return Curve(tuple(at), tuple(self._in_job(kind, nbytes, group, job) for job in at), proportional=True)(ranks)
 
@@ -87,3 +90,12 @@ def exchanges(rows: Sequence[MeasuredExchange]) -> Exchanges | None:
         for row in rows
     }
     return Exchanges(curves) if curves else None
+
+
+def turns(hardware: HardwareConfig, ranks: int) -> float:
+    """How many times as long as alone an operation takes on one of so many ranks."""
+    if not hardware.ranks_take_turns:
+        return 1.0
+    share = max(1.0, ranks / (hardware.devices_per_host or 1))
+    measured = hardware.turns
+    return share * Curve(tuple(measured.ranks), tuple(measured.times))(ranks) if measured.ranks else share

@@ -42,7 +42,7 @@ class Machine:
         kernel_s: the smallest operation.
         scores_bytes_per_s: at which unfused attention's scores are read and written; None for as fast as anything.
         rank_bytes: of a rank's process besides weights and activations.
-        turns: ranks that share one device, each of which waits for the others' operations.
+        turns: times as long as alone an operation takes where ranks share devices and wait for each other's.
         shares: parts of the peak that operations reach by their size, where they were measured.
         exchanges: times of collectives inside an island, where they were measured.
         error: part by which times were off at the median, where that was measured; None where never.
@@ -109,17 +109,22 @@ class Machine:
             return size
         return max(1, math.gcd(block, self.island) // stride)
 
-    def collective(self, kind: str, nbytes: float, size: int, stride: int = 1) -> float:
+    def collective(self, kind: str, nbytes: float, size: int, stride: int = 1, library: bool = False) -> float:
         """Seconds of a collective in which each of `size` ranks sends `nbytes`, by `helix.partition.wire`'s count.
 
         Alpha-beta: the latency of as many exchanges as a tree has levels, twice for an all-reduce, and the bytes over
         the slower of the two links, which work at the same time. Across islands a gather or a reduction moves
         each island's share once through the links of all its members; an all-to-all sends what is not for the island.
+
+        Args:
+            library: whether the backend's own is called, not Helix's; only measured curves know of a difference.
         """
         if size == 1 or nbytes == 0:
             return 0.0
         local = self.spread(size, stride)
         if self.exchanges is not None and local == size:
+            own = f"library_{kind}"
+            kind = own if library and self.exchanges.has(own) else kind
             return self.exchanges.seconds(kind, nbytes, size, min(self.devices, self.island))
         islands = -(-size // local)
         if kind == "all_to_all":
@@ -181,7 +186,6 @@ def _machine(hardware: HardwareConfig, precision: str, devices: int, island: int
     def seconds(key: str) -> float:
         return (getattr(hardware, key) or 0.0) * 1e-6
 
-    turns = devices / (hardware.devices_per_host or 1) if hardware.ranks_take_turns else 1.0
     return Machine(
         name=hardware.name,
         devices=devices,
@@ -197,7 +201,7 @@ def _machine(hardware: HardwareConfig, precision: str, devices: int, island: int
         kernel_s=seconds("kernel_us"),
         scores_bytes_per_s=None if hardware.scores_GB_per_s is None else hardware.scores_GB_per_s * 1e9,
         rank_bytes=(hardware.rank_MB or 0.0) * 1e6,
-        turns=max(1.0, turns),
+        turns=curves.turns(hardware, devices),
         shares=curves.shares(hardware),
         exchanges=curves.exchanges(hardware.exchanges),
         error=hardware.time_error_share,

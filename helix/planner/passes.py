@@ -172,7 +172,8 @@ class Passes:
             size = layout.m
         else:
             size = layout.grid.ranks
-        return self.machine.collective(kind, nbytes, size)
+        library = layout.method == "tensor" or name.startswith("experts")  # DTensor's, DeepSpeed's
+        return self.machine.collective(kind, nbytes, size, library=library)
 
     def _by_tokens(self, layout: Layout, batch: int, length: int) -> LayerTime:
         """A layer whose tokens are cut over c ranks, and whose heads over n in each."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import psutil
 import torch
-from torch._C._profiler import _EventType, _ExperimentalConfig
+from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 
 from helix.study.profile import keep_quiet
@@ -61,7 +61,8 @@ def _resident_peak() -> int:
 def peak_of_tensors(step: Callable[[], object], device: torch.device) -> int:
     """Bytes by which tensors grow while `step` runs, at their peak, by the allocator's own account.
 
-    Unlike `PeakMemory` on the CPU it knows of no library's buffers, and of nothing that the C library keeps.
+    Unlike `PeakMemory` on the CPU it knows of no library's buffers, and of nothing that the C library keeps. What
+    other threads than the calling one give back, as gloo's at times do, counts as held.
     """
     if device.type == "cuda":
         memory = PeakMemory(device)
@@ -69,9 +70,7 @@ def peak_of_tensors(step: Callable[[], object], device: torch.device) -> int:
         torch.cuda.synchronize(device)
         return memory.growth()
     keep_quiet()
-    # Of all threads: gloo's own give back what an exchange has held.
-    every = _ExperimentalConfig(profile_all_threads=True)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, experimental_config=every) as observed:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as observed:
         step()
     held, peak = 0, 0
     for _, change in sorted(_allocations(observed.profiler.kineto_results.experimental_event_tree())):
