@@ -10,11 +10,18 @@ from hypothesis import strategies as st
 
 from helix.__main__ import main
 from helix.calibration.cases import cases
-from helix.calibration.validate import Outcome, Validation, validate
+from helix.calibration.outcomes import Outcome, Validation
+from helix.calibration.validate import validate
 from helix.calibration.validate_command import write_error
 from helix.calibration.validate_plot import chart
 from helix.calibration.validate_table import render
-from helix.config.hardware import HardwareConfig, MeasuredAttention, MeasuredExchange, MeasuredProducts
+from helix.config.hardware import (
+    HardwareConfig,
+    MeasuredAttention,
+    MeasuredExchange,
+    MeasuredProducts,
+    MeasuredTurns,
+)
 from helix.config.schema import ConfigError
 from helix.planner import catalogue
 from helix.planner.curves import Curve, exchanges
@@ -56,8 +63,11 @@ def test_collectives_are_read_between_groups_and_jobs_that_were_measured() -> No
 
 
 def test_ranks_on_cores_take_turns() -> None:
-    alone, many = (machine_of(CPU, "32-true", ranks) for ranks in (2, 8))
+    unhurried = replace(CPU, turns=MeasuredTurns())
+    alone, many = (machine_of(unhurried, "32-true", ranks) for ranks in (2, 8))
     assert many.matmul(1e9, 1e6, 64) == pytest.approx(4 * alone.matmul(1e9, 1e6, 64))
+    slower = replace(CPU, turns=MeasuredTurns([2, 8], [1.0, 1.5], [1.0, 1.5], [1.0, 1.5]))
+    assert machine_of(slower, "32-true", 8).matmul(1e9, 1e6, 64) == pytest.approx(6 * alone.matmul(1e9, 1e6, 64))
     assert many.spread(8, 1) == 8, "all ranks share the host"
 
 

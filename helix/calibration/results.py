@@ -264,7 +264,18 @@ def _notes(points: Points, best: int) -> dict[str, str]:
     count = f"{operations_of_a_layer():g}"
     peak = f"F.linear of {rows}, smallest dim {best}, {where}"
     other = f"by its ratio to {points.precision} at smallest dim {layer.width // 2}"
+    one = "of one host, on which alone it was measured"
     return {
+        "hosts": one,
+        "devices_per_host": "that this process may use",
+        "devices_per_island": "the host is the island",
+        "host_link_GB_per_s": one,
+        "host_link_share": one,
+        "host_link_latency_us": one,
+        "memory_GB_per_device": "ranks share the host's, which is asked" if points.device == "cpu" else "its own",
+        **dict.fromkeys(("matmul_share", "memory_share", "link_share"), "measured, not a peak"),
+        "ranks_take_turns": "of cores, not of GPUs",
+        "time_error_share": "not yet: python -m helix validate --write",
         **{PEAKS[name]: other for name in compute.OTHER_PRECISIONS[points.device]},
         PEAKS[points.precision]: peak,
         "attention_share": "the best of those below",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from matplotlib import colormaps, rc_context
 from matplotlib.figure import Figure
 
-from helix.calibration.validate import Validation
+from helix.calibration.outcomes import Validation
 from helix.study.plots import MAP, STYLE, caption
 
 MARKS = "osD^vPX"

@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from helix.calibration.validate import WITHIN, Validation
+from helix.calibration.outcomes import WITHIN, Validation
 from helix.config.words import figure, size
 
 
