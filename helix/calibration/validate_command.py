@@ -46,7 +46,7 @@ def run(options: argparse.Namespace) -> None:
     hardware = catalogue.read(path)
     for option, file in (("--json", options.json), ("--plot", options.plot)):
         if file is not None:
-            check_file(option, file)
+            check_file(option, file, picture=option == "--plot")
     device = _device(options)
     _check(options, device)
     if options.write:

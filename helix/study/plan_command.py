@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from helix.config.plan_schema import PlanConfig
 
 _ALONE = ("published", "papers", "growth")
+# Of those that matplotlib draws the ones that a person opens.
+PICTURES = (".png", ".pdf", ".svg", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".eps", ".ps")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +46,7 @@ def run(options: argparse.Namespace) -> None:
     """
     for name in ("json", "plot", "map", "growth"):
         if getattr(options, name) is not None:
-            check_file(f"--{name}", getattr(options, name))
+            check_file(f"--{name}", getattr(options, name), picture=name != "json")
     _check_alone(options)
     table, content = _told(options) if _is_told(options) else _planned(options)
     from rich.console import Console
@@ -61,16 +64,26 @@ def run(options: argparse.Namespace) -> None:
         options.json.write_text(json.dumps(content | where, indent=2) + "\n")
 
 
-def check_file(option: str, path: Path) -> None:
-    """Check that a file that an option names can be written.
+def check_file(option: str, path: Path, picture: bool = False) -> None:
+    """Check that a file that an option names can be written, and drawn if it is to be a picture.
 
     Raises:
         ConfigError: if it cannot.
     """
-    if not path.absolute().parent.is_dir():
-        raise ConfigError(f"{option} {path}: there is no folder {path.absolute().parent}")
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise ConfigError(f"{option} {path}: there is no folder {folder}")
     if path.is_dir():
         raise ConfigError(f"{option} {path} is a folder; give a file's path")
+    if picture and path.suffix.lower() not in PICTURES:
+        raise ConfigError(f"{option} {path} names no kind of picture; end it with one of: {', '.join(PICTURES)}")
+    try:  # rather than ask for permissions: root has them all, and some folders take no files
+        with path.open("ab") if path.exists() else tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"{option} {path} cannot be written ({error.strerror}); give a path in a folder that takes files"
+        ) from error
 
 
 def _is_told(options: argparse.Namespace) -> bool:
