@@ -199,7 +199,7 @@ def test_the_estimate_counts_what_this_host_holds(settings: Callable[..., InferC
     score = settings("model=dense", "precision=bf16-true", "parallel.schedule=score", "workload.seq_len=4096")
     rows = settings("model=dense", "precision=bf16-true", "parallel.schedule=rows", "workload.seq_len=4096")
     # [B, H/n, T, S] in fp32 on each of 16 ranks.
-    assert estimate(score, 16).activations - estimate(rows, 16).activations == 16 * 16 * 4 * 4096**2 * 4
+    assert estimate(score, 16).activations - estimate(rows, 16).activations == 3 * 16 * 16 * 4 * 4096**2 * 4
 
 
 def test_the_estimate_counts_every_method(settings: Callable[..., InferConfig]) -> None:

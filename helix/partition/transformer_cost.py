@@ -133,20 +133,54 @@ class TransformerCost:
         return numbers * self.itemsize + shape.layers * shape.experts * width * ROUTER_ITEMSIZE
 
     def activation_bytes(self) -> int:
-        """Estimate of the bytes that one rank holds at once inside a layer of a forward pass.
+        """Estimate of the bytes that one rank holds at once in a forward pass: the most of any of its steps.
 
-        The residual stream, its norm, attention's output and the layer's (4 E); the queries, keys, values and
-        output of the rank's head group (4 H D / n); the MLP's hidden and the logits, cut over ranks. Counts tensors,
-        not the allocator's slack or a library's buffers.
+        Of the stream, S numbers a token on this rank (E / p where it is cut), a block holds its input, and what the
+        half block before it and the norm made; G = E where it was gathered. Counts tensors, one buffer for what a
+        collective returns, no allocator's slack and no library's own buffers.
         """
-        shape, n = self.shape, self.grid.n
-        hidden = shape.dense_hidden + (shape.top_k * shape.mlp_hidden if shape.experts else 0)
-        cut = hidden * (shape.mlp_matrices - 1) + shape.vocab
-        features = 4 * shape.width + 4 * shape.attention_width // n + cut // self.grid.ranks
-        held = self._tokens * features * self.itemsize
-        if self.options.schedule in ("gather", "score"):  # no fused kernel: [B, H/n, T, S], in fp32 for its softmax
-            held += self._tokens * self.length * shape.heads // n * max(4, self.itemsize)
-        return held
+        shape, p, width = self.shape, self.grid.ranks, self.shape.width
+        whole = self.options.residual == "replicated" or p == 1
+        stream = width if whole else -(-width // p)
+        gathered = 0 if whole else width
+        hidden = shape.dense_hidden // p + (2 * shape.top_k * shape.mlp_hidden // p if shape.experts else 0)
+        steps = (
+            2 * stream + gathered + self._attention_numbers(),
+            3 * stream + gathered + max(2 * hidden, hidden + width),
+            2 * stream + gathered + shape.vocab // p,
+        )
+        return max(steps) * self._tokens * self.itemsize + self._score_bytes()
+
+    def _attention_numbers(self) -> int:
+        """Numbers of a token that attention holds at once beside the stream.
+
+        Its own queries, keys and values, P = (H + 2 K) D / p: rotated (3 P, less the values), or dealt, as they came
+        and as they lie together then (3 P); of `rows` the group's keys and values twice, of `gather` its queries and
+        keys. After the core, P and the output beside the partial sum that leaves (E, twice where the stream is whole).
+        """
+        shape, grid = self.shape, self.grid
+        feature = shape.head_dim // grid.m
+        queries, keys = shape.heads // grid.n * feature, shape.kv_heads // grid.n * feature
+        packed = queries + 2 * keys
+        turned = 2 * packed + queries + keys if shape.rope else packed
+        moved = {
+            "perslice": packed + queries,
+            "rows": packed + 2 * queries + 4 * keys * grid.m,
+            "gather": packed + 2 * (queries + keys) * grid.m,
+            "score": packed + queries,
+        }.get(self.options.schedule, 3 * packed)
+        if grid.m == 1:
+            moved = packed + queries
+        left = shape.width * (2 if self.options.residual == "replicated" and grid.ranks > 1 else 1)
+        return max(turned, moved, packed + queries + left)
+
+    def _score_bytes(self) -> int:
+        """Of attention that is no fused kernel: [B, H/n, T, S], in fp32 for its softmax.
+
+        Held at once as they are before and after the mask, of `score` also as they were before they were scaled.
+        """
+        copies = {"gather": 2, "score": 3}.get(self.options.schedule, 0) if self.grid.m > 1 else 0
+        return copies * self._tokens * self.length * self.shape.heads // self.grid.n * max(4, self.itemsize)
 
     def saved_bytes(self, regather: bool = False) -> int:
         """Estimate of the bytes that one rank keeps of all layers for the backward pass, without recomputation.
