@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from helix.config.schema import (
 from helix.dryrun import drawn, timeline
 from helix.dryrun.figures import Traced
 from helix.dryrun.live import Live
-from helix.dryrun.run import band, run
+from helix.dryrun.run import run
 from helix.dryrun.tracer import Trace, Tracer
 from helix.dryrun.world import DEVICE, pretended
 from helix.generation.errors import CannotRun
@@ -40,6 +41,7 @@ from helix.parallel.methods.build import build
 from helix.parallel.methods.configured import resolve
 from helix.parallel.methods.method import Job
 from helix.partition.schedules import SCHEDULES
+from helix.planner.band import band
 from helix.planner.catalogue import hardware
 from helix.planner.machine import machine_of
 from helix.study.profile import profiled
@@ -234,7 +236,7 @@ def test_a_thousand_ranks_need_no_more_than_a_laptop_has(tmp_path: Path) -> None
     assert all(each["bytes"]["traced"] == each["bytes"]["predicted"] for each in step["collectives"].values())
     assert step["seconds"]["attention"]["exchange"] > 0
     assert "helix_64x16" in out
-    assert "the error of the times is unknown" in " ".join(out.split())
+    assert "their error is unknown" in " ".join(out.split())
     assert events(tmp_path / "traces" / "helix_64x16" / timeline.NAME)
 
 
@@ -261,9 +263,11 @@ def test_a_method_that_fails_says_so_itself(tmp_path: Path) -> None:
     assert "same reduction dim" in rival["error"]
 
 
-def test_times_come_with_what_they_are_worth() -> None:
-    assert band(0.12) == "Against measurements on this hardware the median error of modelled times was 12%."
-    assert "unknown" in band(None)
+def test_times_come_with_what_they_are_worth(tmp_path: Path) -> None:
+    one = settings("single")
+    one.hardware = replace(hardware("dgx_h100"), time_error_share=0.12)
+    run(one, tmp_path)
+    assert band(0.12, "forward") in json.loads((tmp_path / "dry_run.json").read_text())["notes"]
 
 
 @pytest.mark.parametrize(

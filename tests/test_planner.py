@@ -17,12 +17,13 @@ from helix.config.methods import from_name
 from helix.config.schema import to_shape
 from helix.partition.shape import TransformerShape
 from helix.planner import catalogue
+from helix.planner.band import MEASURED, few_words
 from helix.planner.candidates import Asked, candidates
 from helix.planner.estimate import Estimator
 from helix.planner.layout import Layout
 from helix.planner.machine import Machine, machine_of
 from helix.planner.plan import Plan
-from helix.planner.search import GOALS, pareto, search
+from helix.planner.search import GOALS, pareto, search, times_as_good
 from helix.planner.work import Work
 
 MACHINE = Machine("m", 16, 8, 4e14, 3e14, 8e10, 2e12, 3e11, 4e10, 3e-6, 1e-5, 4e-6)
@@ -95,10 +96,12 @@ def test_what_runs_has_a_methods_name() -> None:
 
 @pytest.mark.parametrize(("devices", "limit_s"), [(1024, 1), (16_384, 10)])
 def test_thousands_of_devices_are_searched_in_seconds(devices: int, limit_s: float) -> None:
-    started = time.process_time()
-    plan = generate("llama3_70b", devices, batch=1024, length=4096)
-    # Of the processor's time, since others may want it too; on two busy cores 0.6 s were measured for both.
-    assert time.process_time() - started < 3 * limit_s
+    taken = []
+    for _ in range(3):  # the best of three, of the processor's time: others want it and its caches too
+        started = time.process_time()
+        plan = generate("llama3_70b", devices, batch=1024, length=4096)
+        taken.append(time.process_time() - started)
+    assert min(taken) < limit_s
     assert plan.best.layout.ranks == devices
     assert plan.considered > 2000
 
@@ -182,6 +185,29 @@ def test_a_plan_says_what_to_run_where_the_best_is_no_method() -> None:
     assert f"the best that it has is {runnable.best.layout.name} at 0." in said
     assert (runnable.best.layout.method, runnable.best.layout.stage, runnable.best.layout.data) == ("helix", 1, 1)
     assert runnable.best.tokens_per_s < plan.best.tokens_per_s
+
+
+def test_what_is_better_is_more_for_every_goal() -> None:
+    found = generate("llama3_70b", 16, batch=8, length=4096).pareto
+    for goal in GOALS:
+        best, other = sorted(found, key=GOALS[goal])[:: len(found) - 1]
+        assert times_as_good(goal, best, other) > 1 > times_as_good(goal, other, best) > 0
+    plan = generate("llama3_70b", 16, batch=8, length=4096, goal="memory")
+    (said,) = (each for each in plan.reasons if each.startswith("The next best method"))
+    assert re.search(r", (0\.\d\d|1\.00) times as good in memory\.$", said)
+
+
+def test_the_error_is_of_what_was_measured() -> None:
+    hardware = replace(catalogue.hardware("dgx_h100"), time_error_share=0.07)
+    forward = f"the median error of {MEASURED} was 7%."
+    for mode, begun in (
+        ("forward", "Times are modelled; on this hardware"),
+        ("train", "Times are modelled, and their error in training is unknown: on this hardware"),
+        ("generate", "Times are modelled, and their error in generation is unknown: on this hardware"),
+    ):
+        assert helix.plan("smollm2", hardware, 2, mode=mode, batch=2).band == f"{begun} {forward}"
+    assert few_words(0.07, "train") == "error unknown, of forward passes 7%"
+    assert (few_words(None, "train"), few_words(0.07, "forward")) == ("error unknown", "median error 7%")
 
 
 def test_the_designs_roofline() -> None:

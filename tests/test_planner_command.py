@@ -49,7 +49,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert (tmp_path / "plan.png").stat().st_size > 10_000
     main(["plan", "--published"])
     main(["plan", "--papers", "--json", str(tmp_path / "papers.json")])
-    assert "median error 11.7%" in " ".join(capsys.readouterr().out.split())
+    assert "median error 11.9%" in " ".join(capsys.readouterr().out.split())
     content = json.loads((tmp_path / "papers.json").read_text())
     assert next(one["model"] for one in content["settings"]) == "paper_dense_16l"
     assert {"command", "git_commit", "made_at", "versions"} <= set(content)

@@ -18,11 +18,12 @@ from helix.planner.candidates import Asked
     ("model", "devices", "given", "sentence"),
     [
         ("llama3_70b", 1, {}, r"memory binds: llama3_70b needs at least 142 GB a device on 1 device of dgx_h100 "
-         r"\(single: weights 141 GB, activations 1\.03 GB\), 68\.5 GB more than the 73\.6 GB that may be filled; the "
-         r"nearest that fits is helix_1x2 on 2 devices, with 71\.1 GB each"),
+         r"\(single: weights 141 GB, activations [\d.]+ [MG]B\), 68\.\d GB more than the 73\.6 GB that may be filled; "
+         r"the nearest that fits is helix_1x2 on 2 devices, with 7[01]\.\d GB each"),
         ("llama3_70b", 83, {"batch": 4}, r"divisibility binds: no layout of 83 devices \(a prime number\) "
-         r"divides llama3_70b: n divides kv_heads=8, m divides 64 features, .*; the nearest that fits is "
-         r"\w+ on 84 devices"),
+         r"divides llama3_70b: n divides kv_heads=8, or heads=64 with key/value heads copied, m divides 64 "
+         r"features, data the batch of 4, cuts of the sequence divide 1024, and stage is at most 80; one of them "
+         r"would have to be 83; the nearest that fits is \w+ on 84 devices"),
         ("llama3_70b", 97, {"batch": 97, "asked": Asked(stage=97)}, r"layers bind: stage=97 is 17 more pipeline "
          r"stages than the 80 layers of llama3_70b; the nearest that fits is"),
         ("llama3_70b", 64, {"batch": 8, "asked": Asked(data=16)}, "the batch binds: data=16 is 8 more replicas than "
@@ -37,8 +38,8 @@ from helix.planner.candidates import Asked
          r"x n=2 \(head groups\) x data=4 \(replicas\) are 16 ranks, 8 more than 8 devices; the nearest that fits is "
          "helix_1x2_dp4 on 8 devices"),
         ("smollm2", 37, {}, r"divisibility binds: no layout of 37 devices \(a prime number\) divides smollm2: .* "
-         r"stage is at most 30: one of them would have to be 37, and the longest is 5 short; the nearest that fits is "
-         r"\w+ on 3[68] devices"),
+         r"cuts of the sequence divide 1024, and stage is at most 30; one of them would have to be 37; the "
+         r"nearest that fits is \w+ on 3[68] devices"),
     ],
 )  # fmt: skip
 def test_what_is_impossible_is_refused_in_one_sentence(
@@ -46,6 +47,46 @@ def test_what_is_impossible_is_refused_in_one_sentence(
 ) -> None:
     with pytest.raises(Misfit, match=f"^{sentence}"):
         helix.plan(model, "dgx_h100", devices, **given)
+
+
+def test_by_how_much_devices_are_too_many_where_sequences_are_not_cut() -> None:
+    with pytest.raises(Misfit, match=r"batch of 1, and stage is at most 30; one of .* and the longest is 19 short"):
+        helix.plan("smollm2", "dgx_h100", 83, mode="generate")
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"mode": "infer"}, "mode cannot be 'infer'; choose one of: forward, train, generate"),
+        ({"precision": "bf16"}, "precision cannot be 'bf16'.*; choose one of: 64-true, 32-true"),
+        ({"devices": 0}, "devices must be at least 1, not 0"),
+        ({"devices": -1}, "devices must be at least 1, not -1"),
+        ({"batch": 0}, "batch must be at least 1, not 0"),
+        ({"length": 0}, "length must be at least 1, not 0"),
+        ({"mode": "generate", "new_tokens": 0}, "new_tokens must be at least 1, not 0"),
+        ({"mode": "train", "asked": Asked(recompute="sel")}, "recompute cannot be 'sel'.*none, selective, full"),
+        ({"asked": Asked(stage=0)}, "stage must be at least 1, not 0"),
+        ({"asked": Asked(recompute="full")}, "recompute=full is of mode=train, not of mode=forward; leave it out"),
+        ({"mode": "generate", "asked": Asked(shard_data=True)}, "shard_data=true is of mode=train, not of mode=gen"),
+    ],
+)
+def test_arguments_are_checked(given: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{sentence}"):
+        helix.plan("smollm2", "dgx_h100", **({"devices": 8} | given))
+
+
+def test_what_a_ranks_process_takes_is_no_room() -> None:
+    """Beside 20 GB of its own a device of 80 GB has 53.6 to fill."""
+    hardware = replace(catalogue.hardware("dgx_h100"), rank_MB=20_000.0)
+    with pytest.raises(Misfit, match=r"88\.\d GB more than the 53\.6 GB that may be filled"):
+        helix.plan("llama3_70b", hardware, 1)
+
+
+def test_the_nearest_number_of_devices_has_links() -> None:
+    """Of one island, whose outer links nobody has stated, no layout beyond it is named."""
+    hardware = replace(catalogue.hardware("dgx_h100"), host_link_GB_per_s=None)
+    with pytest.raises(Misfit, match=r"^memory binds.*; nothing fits on up to"):
+        helix.plan("llama3_70b", hardware, 8, mode="train", batch=1)
 
 
 def test_nothing_fits_at_all() -> None:

@@ -23,6 +23,7 @@ from helix.planner.candidates import Asked
 from helix.planner.chosen import chosen
 from helix.planner.layout import Layout
 from helix.planner.plan import Plan, plan
+from helix.planner.routing import COMMONEST_BYTE
 from helix.planner.work import Work
 
 P = TypeVar("P", bound=ParallelConfig)
@@ -50,7 +51,9 @@ def choose(one: Settings) -> Settings:
                 raise ConfigError(f"parallel.{name}={value} is of parallel=auto; take that, or leave it out")
         return one
     _check_asked(one)
-    best = _plan(one)
+    devices = devices_of(one.parallel, one.device)
+    hardware = _hardware(one, devices)
+    best = _plan(one, hardware, devices)
     if isinstance(one, TrainConfig):
         return replace(one, parallel=concrete(best.best.layout, "train", one.parallel), chosen=chosen(best))
     layout = concrete(best.best.layout, best.work.mode, one.parallel)
@@ -58,7 +61,9 @@ def choose(one: Settings) -> Settings:
         layout = replace(layout, schedule="auto", decode="auto")
     # One that is the layout itself is not measured twice.
     baseline = [name for name in one.baseline if name != to_name(layout)]
-    return replace(one, parallel=layout, baseline=baseline, chosen=chosen(best))
+    # A trace's times are those of the machine that the choice was made for.
+    traced = hardware if one.dry_run else one.hardware
+    return replace(one, parallel=layout, baseline=baseline, hardware=traced, chosen=chosen(best))
 
 
 def concrete(layout: Layout, mode: str, asked: P) -> P:
@@ -128,16 +133,17 @@ def _generates(one: InferConfig | TrainConfig) -> bool:
     return isinstance(one, InferConfig) and one.model.kind == PRETRAINED
 
 
-def _plan(one: InferConfig | TrainConfig) -> Plan:
+def _plan(one: InferConfig | TrainConfig, hardware: HardwareConfig, devices: int) -> Plan:
     parallel, work = one.parallel, _work(one)
-    devices = devices_of(parallel, one.device)
     shares = getattr(parallel, "shard_data", False)  # which training alone has
     sizes: dict[str, Any] = {name: getattr(parallel, name) or None for name in _SIZES}
+    if isinstance(one, InferConfig) and one.dry_run:
+        sizes["stage"] = sizes["stage"] or 1  # pipelines are not traced
     # What another project's package brings is known better by its name than by the sizes that a prompt's checks need.
     model = "smollm2" if one.model.path == PACKAGE else one.model
     return plan(
         model,
-        _hardware(one, devices),
+        hardware,
         devices,
         mode=work.mode,
         batch=work.batch,
@@ -146,15 +152,18 @@ def _plan(one: InferConfig | TrainConfig) -> Plan:
         precision=work.precision,
         goal=parallel.goal or ("tpot" if work.mode == "generate" else "throughput"),
         asked=Asked(**sizes, shard_data=shares, runnable=True),
+        commonest=work.commonest,
     )
 
 
 def _work(one: InferConfig | TrainConfig) -> Work:
     """What the devices are to do."""
     if isinstance(one, TrainConfig):
-        return Work("train", one.data.batch_size, one.data.seq_len, precision=one.precision)
+        data = one.data
+        return Work("train", data.batch_size, data.seq_len, precision=one.precision, commonest=COMMONEST_BYTE)
     if not _generates(one):
-        return Work("forward", one.workload.batch_size, one.workload.seq_len, precision=one.precision)
+        given = one.workload
+        return Work("forward", given.batch_size, given.seq_len, precision=one.precision, commonest=COMMONEST_BYTE)
     longest = max(len(prompt.encode()) for prompt in prompts_of(one))
     length = -(-longest // BYTES_PER_TOKEN)
     return Work("generate", _batches(one)[0], length, one.generate.max_new_tokens, one.precision)

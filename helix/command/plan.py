@@ -15,7 +15,7 @@ from helix.config.check import check_values
 from helix.config.plan_schema import PlanConfig
 from helix.config.schema import ConfigError, PartitionError
 from helix.planner import known
-from helix.planner.candidates import Asked
+from helix.planner.candidates import Asked, check_asked
 from helix.planner.catalogue import CONF, check_named, is_folder, model, shape
 from helix.planner.machine import machine_of
 from helix.planner.plan import Plan, plan
@@ -59,7 +59,7 @@ def plan_of(one: PlanConfig) -> Plan:
         mode=one.mode,
         batch=one.workload.batch_size,
         length=one.workload.seq_len,
-        new_tokens=one.new_tokens if one.mode == "generate" else 0,
+        new_tokens=one.new_tokens,
         precision=one.precision,
         goal=one.goal,
         asked=_asked(one),
@@ -73,6 +73,7 @@ def map_of(one: PlanConfig) -> list[Panel]:
         ConfigError, PartitionError: as `helix.plan`.
     """
     check_goal(one.goal, one.mode)
+    check_asked(_asked(one), one.mode)
     devices = machine_of(one.hardware, one.precision, one.devices).devices
     return panels(Place(shape(one.model, one.mode), one.hardware, devices, work_of(one), one.goal, _asked(one)))
 

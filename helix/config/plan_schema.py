@@ -19,8 +19,8 @@ class PlanParallelConfig:
     """Sizes that are given rather than searched; null leaves one free.
 
     Args:
-        shard_data: whether AdamW's moments are shared out over the replicas.
-        recompute: what a backward pass computes again; Helix's own training computes nothing again.
+        shard_data: whether replicas share parameters, gradients and AdamW's moments out (FSDP2), in training.
+        recompute: what a backward pass computes again, in training; Helix's own training computes nothing again.
         runnable: only layouts that infer.py and train.py take as a method.
     """
 

@@ -25,7 +25,7 @@ from helix.partition.transformer_cost import TransformerCost
 from helix.planner.estimate import Estimator
 from helix.planner.layout import Layout as Planned
 from helix.planner.machine import Machine
-from helix.planner.routing import expected_fullest
+from helix.planner.routing import COMMONEST_BYTE, expected_fullest
 from helix.planner.seconds import Seconds
 from helix.planner.work import Work
 from helix.study.report import MethodLabel, Schedules
@@ -123,12 +123,13 @@ def _routed(job: Job, parallel: ParallelConfig, layout: Layout) -> _Routed:
     if parallel.method == "single":
         rows = -(-tokens * shape.top_k // shape.experts)
         return _Routed(rows, f"A trace does not know where tokens go: each expert is taken to get {rows:,} of them.")
-    rows = max(1, round(expected_fullest(tokens * shape.top_k, shape.experts)))
+    rows = max(1, round(expected_fullest(tokens * shape.top_k, shape.experts, COMMONEST_BYTE)))
     even = tokens * shape.top_k / shape.experts
     return _Routed(
         rows,
         f"A trace does not know where tokens go: the fullest expert is taken to get {rows:,} rows of a rank, as "
-        f"chance has it, and all are padded to it; the closed form's FLOPs are those of {even:,.0f}, an even share.",
+        "spaces, which go together, and chance have it, and all are padded to it; the closed form's FLOPs are those "
+        f"of {even:,.0f}, an even share.",
     )
 
 
@@ -175,7 +176,9 @@ def _planned_seconds(
     )
     work = settings.workload
     estimator = Estimator(
-        to_shape(settings.model), machine, Work("forward", work.batch_size, work.seq_len, precision=settings.precision)
+        to_shape(settings.model),
+        machine,
+        Work("forward", work.batch_size, work.seq_len, precision=settings.precision, commonest=COMMONEST_BYTE),
     )
     usual = AttentionOptions(options.schedule)
     if (method == "helix" and options != usual) or estimator.ep_size(planned) != layout.ep_size:

@@ -21,6 +21,7 @@ from helix.dryrun.world import pretended
 from helix.generation.errors import CannotRun
 from helix.parallel.methods.build import load
 from helix.partition.grid import PartitionError
+from helix.planner.band import band
 from helix.planner.catalogue import CONF
 from helix.planner.machine import Machine, machine_of
 from helix.study.report import MethodLabel, Schedules, plain, write_whole
@@ -91,7 +92,7 @@ def _machine(settings: InferConfig) -> tuple[Machine | None, list[str]]:
         machine = machine_of(settings.hardware, settings.precision, settings.parallel.ranks)
     except ConfigError as error:
         return None, [f"No times: {error}."]
-    return machine, [_SERIAL, band(machine.error)]
+    return machine, [_SERIAL, band(machine.error, "generate" if settings.model.kind == PRETRAINED else "forward")]
 
 
 def _catalogue() -> list[str]:
@@ -105,7 +106,7 @@ def _on_gpus(settings: InferConfig) -> bool:
         return settings.device == "cuda"
     if settings.hardware.name == AUTO:
         return gpus() > 0
-    return settings.hardware.memory_GB_per_device is not None
+    return settings.hardware.memory_GB_per_device is not None and not settings.hardware.ranks_take_turns
 
 
 def _trial(settings: InferConfig, machine: Machine | None, gpu: bool) -> tuple[Trial, int, int]:
@@ -136,13 +137,6 @@ def _rival(trial: Trial, parallel: ParallelConfig) -> Traced | Refused:
 def _words(error: Exception) -> str:
     """The first line: libraries go on to tell where they were."""
     return str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
-
-
-def band(error: float | None) -> str:
-    """How far off the times may be."""
-    if error is None:
-        return "Nobody has held this hardware's file against measurements: the error of the times is unknown."
-    return f"Against measurements on this hardware the median error of modelled times was {error:.0%}."
 
 
 def _finite(value: float) -> float | None:

@@ -105,7 +105,9 @@ class Answering:
         rows, shares = tokens * shape.top_k * ep_size, max(layout.grid.ranks, ep_size)
         read = expected_touched(rows, shape.experts) * shape.expert_parameters * e / shares
         own = expected_fullest(rows, ep_size) if ep_size > 1 else rows / shares
-        matmul = passes.machine.matmul(2 * own * shape.expert_parameters, read + 2 * own * shape.width * e)
+        # Where experts are cut inside, every rank reads and writes the whole rows.
+        through = own if ep_size > 1 else rows
+        matmul = passes.machine.matmul(2 * own * shape.expert_parameters, read + 2 * through * shape.width * e)
         sent = tokens * shape.top_k * shape.width * e * (ep_size - 1) // ep_size
         return Seconds(
             matmul=matmul + passes.machine.kernel_s + passes.product(tokens, shape.width, shape.experts),

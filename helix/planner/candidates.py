@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from helix.config.schema import ConfigError
 from helix.partition import phases, schedules
 from helix.partition.grid import Grid, PartitionError, divisors
 from helix.partition.shape import TransformerShape
@@ -18,7 +19,7 @@ class Asked:
 
     Args:
         recompute: what a backward pass computes again; Helix's own training computes nothing again.
-        shard_data: whether AdamW's moments are shared out over the replicas.
+        shard_data: whether replicas share parameters, gradients and AdamW's moments out (FSDP2), in training.
         runnable: only what infer.py and train.py take as a method today.
     """
 
@@ -85,9 +86,34 @@ def _replicas(shape: TransformerShape, work: Work, ranks: int, data: int, stage:
             yield tensor.at(sharded=True)
     if ranks == 1:
         return
-    yield from _helix(shape, work, ranks, data, stage)
-    if work.mode != "generate" and not shape.experts:
+    yield from _helix(shape, ranks, data, stage)
+    if cuts_tokens(shape, work):
         yield from _by_tokens(shape, work, ranks, data, stage)
+
+
+def cuts_tokens(shape: TransformerShape, work: Work) -> bool:
+    """Whether rivals that cut sequences are searched: not in generation, nor with experts."""
+    return work.mode != "generate" and not shape.experts
+
+
+def methods(shape: TransformerShape, work: Work, asked: Asked) -> tuple[str, ...]:
+    """What is searched besides Helix with m > 1, and the products of which are: for people."""
+    if asked.runnable and work.mode == "generate":
+        return "one device", "m = 1"
+    tokens = ("context", "Ulysses") if cuts_tokens(shape, work) and not asked.runnable else ()
+    return "data", "tensor", "pipeline", *tokens, "m = 1"
+
+
+def check_asked(asked: Asked, mode: str) -> None:
+    """Check that what only a training has is asked of one.
+
+    Raises:
+        ConfigError: if it is not.
+    """
+    given = {"recompute": (asked.recompute, "none"), "shard_data": (asked.shard_data, False)}
+    for name, (value, only) in given.items():
+        if mode != "train" and value != only:
+            raise ConfigError(f"{name}={str(value).lower()} is of mode=train, not of mode={mode}; leave it out")
 
 
 def _by_tokens(shape: TransformerShape, work: Work, ranks: int, data: int, stage: int) -> Iterator[Layout]:
@@ -110,7 +136,7 @@ def kv_copies(shape: TransformerShape, ranks: int) -> int | None:
     return ranks // shape.kv_heads if ranks % shape.kv_heads == 0 else None
 
 
-def _helix(shape: TransformerShape, work: Work, ranks: int, data: int, stage: int) -> Iterator[Layout]:
+def _helix(shape: TransformerShape, ranks: int, data: int, stage: int) -> Iterator[Layout]:
     for n in divisors(ranks):
         grid = Grid(ranks // n, n)
         if grid.fits(shape.layout):

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from helix.config.words import figure, size
+from helix.planner.band import few_words
 from helix.planner.plan import Plan
 from helix.planner.work import Estimate
 
@@ -43,8 +44,8 @@ class Chosen:
             costing that fit in memory.
         predicted: of the layout that was chosen; runner_up: of the best one with another name, if there is one.
         reasons: in words, the most important first.
-        error_share: part by which the model was off measurements on this hardware, at the median; None if nobody has
-            measured.
+        error_share: part by which the model was off measurements on this hardware, of forward passes at the median;
+            None if nobody has measured.
         band: the same in words.
     """
 
@@ -81,7 +82,7 @@ def chosen(plan: Plan) -> Chosen:
 def told(one: Chosen) -> str:
     """Two lines: what was chosen, at what figure and before whom; and why."""
     devices = f"{one.devices} device{'s' if one.devices > 1 else ''} of hardware={one.hardware}"
-    error = "error unknown" if one.error_share is None else f"median error {one.error_share:.0%}"
+    error = few_words(one.error_share, one.work["mode"])
     memory = "" if one.goal == "memory" else f", {_figure('memory', one.predicted)}"
     second = "" if one.runner_up is None else f"; next {one.runner_up.name}, {_figure(one.goal, one.runner_up)}"
     why = [reason for reason in one.reasons[:2] if one.runner_up is None or one.runner_up.name not in reason]
@@ -118,13 +119,12 @@ def _figure(goal: str, one: Predicted) -> str:
 
 
 def _predicted(one: Estimate) -> Predicted:
-    generates = one.tpot_s is not None
     return Predicted(
         name=one.layout.name,
         step_ms=one.latency_s * 1e3,
         tokens_per_s=one.tokens_per_s,
         step_share=one.seconds.shares(),
         memory_bytes_per_rank=asdict(one.memory) | {"total": one.memory.total},
-        ttft_ms=one.ttft_s * 1e3 if generates and one.ttft_s is not None else None,
+        ttft_ms=one.ttft_s * 1e3 if one.ttft_s is not None else None,
         tpot_ms=one.tpot_s * 1e3 if one.tpot_s is not None else None,
     )

@@ -13,6 +13,7 @@ from helix.planner.answering import Answering
 from helix.planner.layout import Layout
 from helix.planner.machine import Machine
 from helix.planner.passes import LayerTime, Passes
+from helix.planner.replicas import Replicas
 from helix.planner.seconds import Seconds
 from helix.planner.work import HEADROOM, Estimate, Memory, Work
 
@@ -43,6 +44,15 @@ class Estimator:
     def answering(self) -> Answering:
         return Answering(self.passes)
 
+    @cached_property
+    def replicas(self) -> Replicas:
+        return Replicas(self.shape, self.machine, self.work)
+
+    @property
+    def room(self) -> float:
+        """Bytes of a device that a layout may fill, besides what a rank's process takes anyway."""
+        return HEADROOM * self.machine.memory_bytes - self.machine.rank_bytes
+
     def estimate(self, layout: Layout) -> Estimate:
         memory = self.memory(layout)
         if self.work.mode == "train":
@@ -62,12 +72,9 @@ class Estimator:
 
     def memory(self, layout: Layout) -> Memory:
         """Bytes of the fullest rank, by the closed forms that commands refuse by (`helix.config.memory`)."""
-        work = self.work
-        key = ("weights", layout.replica, layout.stage, self.ep_size(layout))
-        weights = self._once(key, lambda: self._weight_bytes(layout))
-        state = weights * (work.state_bytes // work.weight_bytes - 1) if work.mode == "train" else 0
-        if layout.shard_data:  # gradients and weights stay whole, the two moments are shared out over the replicas
-            state = weights + -(-2 * weights // layout.data)
+        weights, state = self._whole_weights(layout), 0
+        if self.work.mode == "train":
+            weights, state = self.replicas.memory(layout, weights, self._unit_bytes(layout), self.ep_size(layout))
         return Memory(weights, state, self._activation_bytes(layout), self._cache_bytes(layout))
 
     def prefill_cost(self, layout: Layout) -> tuple[float, float]:
@@ -89,7 +96,7 @@ class Estimator:
         return self.passes.sent_bytes(layout, batch, length, self.ep_size(layout))
 
     def fits(self, memory: Memory) -> bool:
-        return memory.total + self.machine.rank_bytes <= HEADROOM * self.machine.memory_bytes
+        return memory.total <= self.room
 
     def samples(self, layout: Layout) -> int:
         """Of the fullest microbatch."""
@@ -115,11 +122,25 @@ class Estimator:
         known: T = self._known[key]
         return known
 
+    def _whole_weights(self, layout: Layout) -> int:
+        """Bytes of a rank's parameters, with those that `shard_data` leaves on other replicas."""
+        key = ("weights", layout.replica, layout.stage, self.ep_size(layout))
+        return self._once(key, lambda: self._weight_bytes(layout))
+
+    def _unit_bytes(self, layout: Layout) -> int:
+        """Bytes of the parameters that FSDP2 gathers at once on a rank: a layer's, or an embedding's."""
+        layer = replace(self._stage_shape(layout), layers=1, vocab=1)
+        end = -(-self.shape.vocab // layout.grid.ranks) * self.shape.width * self.work.weight_bytes
+        return max(self._held_weights(layout, layer), end)
+
+    def _held_weights(self, layout: Layout, shape: TransformerShape) -> int:
+        """Bytes of the parameters of some layers on a rank."""
+        cost = TransformerCost(shape, layout.grid, layout.options, 1, 1, self.work.weight_bytes, self.ep_size(layout))
+        return cost.weight_bytes(0)
+
     def _weight_bytes(self, layout: Layout) -> int:
         stage, itemsize = self._stage_shape(layout), self.work.weight_bytes
-        held = TransformerCost(stage, layout.grid, layout.options, 1, 1, itemsize, self.ep_size(layout)).weight_bytes(
-            0
-        )
+        held = self._held_weights(layout, stage)
         if self._generates and layout.method != "data":
             experts = stage.layers * stage.experts * stage.expert_parameters * itemsize
             held -= experts - experts // layout.grid.ranks
@@ -187,7 +208,8 @@ class Estimator:
             tokens = self.samples(layout) * self.work.length
             own = -(-tokens // layout.stage_ranks) * self.shape.width * self.work.itemsize
             hop = self.machine.send(own, distance=layout.stage_ranks)
-            if layout.method == "tensor":  # the whole stream is put together again behind the link
+            # A stream that ranks hold whole is put together again behind the link; a sharded one stays cut.
+            if not layout.sharded and (layout.method == "tensor" or self._generates):
                 hop += self.machine.collective("all_gather", own * (layout.grid.ranks - 1), layout.grid.ranks)
             messages = sends * layout.interleave * count + sends * (stages - 1)
             out += Seconds(exchange=messages * hop, waiting=(stages - 1) * pace.total / layout.interleave)
@@ -201,8 +223,10 @@ class Estimator:
         layer, ends = self._layer(layout, self.samples(layout), self.work.length)
         pace = self._pace(layout, self._both(layout, layer), ends + self._backward(ends, layout.fused))
         step = self._piped(layout, pace, sends=2)
-        parameters = memory.weights / self.work.weight_bytes
-        step += self._gradients(layout, parameters) + self.passes.optimizer(parameters, self.work.state_bytes)
+        ep_size, itemsize = self.ep_size(layout), self.work.weight_bytes
+        parameters = self._whole_weights(layout) / itemsize
+        step += Seconds(exchange=self.replicas.exchange(layout, parameters, ep_size))
+        step += self.passes.optimizer(self.replicas.own_parameters(layout, parameters, ep_size), itemsize)
         return Estimate(layout, step, memory, self.work.batch * self.work.length / step.total)
 
     def _both(self, layout: Layout, layer: LayerTime) -> Seconds:
@@ -223,26 +247,6 @@ class Estimator:
             attention=attention * forward.attention,
             memory=BACKWARD * forward.memory,
         )
-
-    def _gradients(self, layout: Layout, parameters: float) -> Seconds:
-        """The sum of gradients over replicas, after the last backward pass; experts' over their own replicas only."""
-        size, stride = layout.data, layout.stage * layout.stage_ranks
-        if layout.tokens > 1:  # which have the same weights
-            size, stride = size * layout.tokens, layout.grid.ranks
-        ep_size = self.ep_size(layout) if layout.method == "data" else 1
-        stage_layers = -(-self.shape.layers // layout.stage)
-        experts = stage_layers * self.shape.experts * self.shape.expert_parameters / max(ep_size, 1)
-        apart = experts if ep_size > 1 else 0.0
-        exchange = self._reduced(parameters - apart, size, stride) + self._reduced(
-            apart, size // ep_size, stride * ep_size
-        )
-        return Seconds(exchange=exchange)
-
-    def _reduced(self, parameters: float, size: int, stride: int) -> float:
-        if size <= 1 or parameters <= 0:
-            return 0.0
-        nbytes = 2 * (size - 1) / size * parameters * self.work.weight_bytes
-        return self.machine.collective("all_reduce", nbytes, size, stride)
 
     def _generation(self, layout: Layout, memory: Memory) -> Estimate:
         work, new = self.work, self.work.new_tokens

@@ -10,7 +10,7 @@ from helix.config.schema import HardwareConfig, Misfit
 from helix.partition.grid import PartitionError
 from helix.planner.candidates import Asked
 from helix.planner.plan import Plan, plan
-from helix.planner.search import GOALS
+from helix.planner.search import times_as_good
 from helix.planner.work import Estimate, Work
 
 # Those of conf/model/known, the largest first.
@@ -46,9 +46,7 @@ class Row:
         other = next((one for one in self.plan.rivals if one.layout.m == 1), None)
         if other is None:
             return None
-        cost = GOALS[self.plan.goal]
-        own, theirs = cost(self.sliced), cost(other)
-        return own / theirs if self.plan.goal == "throughput" else theirs / own
+        return times_as_good(self.plan.goal, self.sliced, other)
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: the layout to take, or why there is none."""
@@ -82,6 +80,7 @@ def rows(
                 found = plan(
                     model, hardware, count, mode=work.mode, batch=work.batch, length=work.length,
                     new_tokens=work.new_tokens, precision=work.precision, goal=goal, asked=asked,
+                    commonest=work.commonest,
                 )  # fmt: skip
             except PartitionError as error:
                 yield Row(model, count, None, str(error))

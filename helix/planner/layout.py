@@ -30,7 +30,8 @@ class Layout:
         sharded: whether tensor parallelism's stream is cut over tokens (Megatron's sequence parallelism). Helix's own
             transformer on 1 x n is just that; a pretrained model's stream is whole.
         kv_copies: how often each key/value head is held, where tensor parallelism has more ranks than those.
-        shard_data: whether AdamW's moments are shared out over the replicas (parallel.shard_data).
+        shard_data: whether replicas share parameters, gradients and AdamW's moments out (parallel.shard_data, FSDP2);
+            with them, ranks that cut sequences, which have the same weights.
         fused: whether attention is one kernel that never writes its scores.
     """
 

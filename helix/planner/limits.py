@@ -6,13 +6,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from helix.config.schema import Misfit
+from helix.config.schema import ConfigError, Misfit
 from helix.config.words import size
 from helix.partition.grid import divisors
-from helix.planner.candidates import Asked
+from helix.planner.candidates import Asked, cuts_tokens
 from helix.planner.estimate import Estimator
 from helix.planner.search import Found, search
-from helix.planner.work import HEADROOM
 
 _MEANING = {"m": "feature slices", "n": "head groups", "data": "replicas", "stage": "pipeline stages"}
 # The nearest number of devices is looked for up to so many times as many.
@@ -30,7 +29,7 @@ def refuse(estimator: Estimator, asked: Asked, found: Found, goal: str, names: t
         return Misfit(f"{_no_layout(estimator, asked, names[0])}; {nearest}")
     layout, _ = found.smallest
     memory = estimator.memory(layout)
-    room = HEADROOM * estimator.machine.memory_bytes
+    room = estimator.room
     parts = {
         "weights": memory.weights,
         "gradients and moments": memory.state,
@@ -96,15 +95,17 @@ def _divided(estimator: Estimator, asked: Asked, model: str) -> str:
     """No size by itself is at fault: what each of them could be."""
     shape, batch, devices = estimator.shape, estimator.work.batch, estimator.machine.devices
     features = shape.head_dim // shape.layout.parts
+    tokens = estimator.work.length // 2 if cuts_tokens(shape, estimator.work) and not asked.runnable else 1
     prime = short = ""
     if len(divisors(devices)) == 2 and not _given(asked):
-        prime, longest = " (a prime number)", max(shape.kv_heads, features, batch, shape.layers)
-        short = f": one of them would have to be {devices}, and the longest is {devices - longest} short"
-        short = short if devices > longest else f": one of them would have to be {devices}"
+        prime, longest = " (a prime number)", max(shape.heads, features, batch, shape.layers, tokens)
+        short = f"; one of them would have to be {devices}"
+        short += f", and the longest is {devices - longest} short" if devices > longest else ""
+    cut = f", cuts of the sequence divide {tokens}" if tokens > 1 else ""
     return (
         f"divisibility binds: no layout of {_count(devices)}{prime}{_fixed(asked)} divides {model}: n divides "
-        f"kv_heads={shape.kv_heads}, m divides {features} features, data the batch of {batch}, and stage is at most "
-        f"{shape.layers}{short}"
+        f"kv_heads={shape.kv_heads}, or heads={shape.heads} with key/value heads copied, m divides {features} "
+        f"features, data the batch of {batch}{cut}, and stage is at most {shape.layers}{short}"
     )
 
 
@@ -138,7 +139,10 @@ def _count(devices: int) -> str:
 def _nearest(estimator: Estimator, asked: Asked, goal: str) -> str:
     """The layout that fits with the least change."""
     for devices, wanted in _changes(estimator.machine.devices, asked):
-        machine = replace(estimator.machine, devices=devices)
+        try:
+            machine = estimator.machine.at(devices)
+        except ConfigError:  # beyond an island whose outer links nobody has stated
+            continue
         found = search(Estimator(estimator.shape, machine, estimator.work), goal, wanted)
         if found.fitting:
             best = found.fitting[0]

@@ -8,7 +8,9 @@ that an m-group lies inside an island wherever it can.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 from helix.config.schema import ConfigError, HardwareConfig
 from helix.planner import curves
@@ -46,6 +48,7 @@ class Machine:
         shares: parts of the peak that operations reach by their size, where they were measured.
         exchanges: times of collectives inside an island, where they were measured.
         error: part by which times were off at the median, where that was measured; None where never.
+        sizes: island and turns of another number of devices, as far as the hardware tells; None for the same.
     """
 
     name: str
@@ -66,6 +69,16 @@ class Machine:
     shares: Shares | None = None
     exchanges: Exchanges | None = None
     error: float | None = None
+    sizes: Callable[[int], tuple[int, float]] | None = field(default=None, compare=False, repr=False)
+
+    def at(self, devices: int) -> Machine:
+        """The same with another number of devices.
+
+        Raises:
+            ConfigError: naming the figures of the hardware that are missing for so many.
+        """
+        island, turns = (self.island, self.turns) if self.sizes is None else self.sizes(devices)
+        return replace(self, devices=devices, island=island, turns=turns)
 
     def matmul(self, flops: float, nbytes: float, width: float = math.inf) -> float:
         """Seconds of one matrix product: its arithmetic or its memory traffic, whichever takes longer.
@@ -158,28 +171,38 @@ def machine_of(hardware: HardwareConfig, precision: str, devices: int | None = N
     Raises:
         ConfigError: naming the figures that are missing.
     """
-    needed = [_PEAK[precision], *_NEEDED]
     if devices is None:
-        needed.append("hosts")
-    count = devices or (hardware.hosts or 1) * (hardware.devices_per_host or 1)
+        _check_figures(hardware, precision, 1, ["hosts", "devices_per_host"])
+        devices = (hardware.hosts or 1) * (hardware.devices_per_host or 1)
+    island, turns = _sizes(hardware, precision, devices)
+    return _machine(hardware, precision, devices, island, turns)
+
+
+def _sizes(hardware: HardwareConfig, precision: str, devices: int) -> tuple[int, float]:
+    """Island and turns of so many devices."""
     island = hardware.devices_per_island or hardware.devices_per_host or 1
     if hardware.ranks_take_turns:
-        island = max(island, count)
-    needed += [*(_WITHIN if count > 1 else ()), *(_ACROSS if count > island else ())]
+        island = max(island, devices)
+    needed = [*(_WITHIN if devices > 1 else ()), *(_ACROSS if devices > island else ())]
+    _check_figures(hardware, precision, devices, needed)
+    return island, curves.turns(hardware, devices)
+
+
+def _check_figures(hardware: HardwareConfig, precision: str, devices: int, also: Sequence[str]) -> None:
+    needed = [_PEAK[precision], *_NEEDED, *also]
     missing = [f"hardware.{key}" for key in needed if _is_missing(key, getattr(hardware, key))]
     if missing:
         raise ConfigError(
-            f"hardware={hardware.name} does not say {', '.join(missing)}, which a plan of {count} devices with "
+            f"hardware={hardware.name} does not say {', '.join(missing)}, which a plan of {devices} devices with "
             f"precision={precision} needs; give them, or take hardware=dgx_h100, h200, dgx_b200, dgx_a100 or l40s"
         )
-    return _machine(hardware, precision, count, island)
 
 
 def _is_missing(key: str, value: float | None) -> bool:
     return value is None or (value == 0 and key.endswith("per_s"))
 
 
-def _machine(hardware: HardwareConfig, precision: str, devices: int, island: int) -> Machine:
+def _machine(hardware: HardwareConfig, precision: str, devices: int, island: int, turns: float) -> Machine:
     def rate(key: str, share: str, unit: float) -> float:
         return (getattr(hardware, key) or math.inf) * (getattr(hardware, share) or 1.0) * unit
 
@@ -201,8 +224,9 @@ def _machine(hardware: HardwareConfig, precision: str, devices: int, island: int
         kernel_s=seconds("kernel_us"),
         scores_bytes_per_s=None if hardware.scores_GB_per_s is None else hardware.scores_GB_per_s * 1e9,
         rank_bytes=(hardware.rank_MB or 0.0) * 1e6,
-        turns=curves.turns(hardware, devices),
+        turns=turns,
         shares=curves.shares(hardware),
         exchanges=curves.exchanges(hardware.exchanges),
         error=hardware.time_error_share,
+        sizes=partial(_sizes, hardware, precision),
     )

@@ -85,9 +85,13 @@ class Passes:
         cost = self.cost_of(layout, batch, length, ep_size)
         return replace(cost, shape=replace(cost.shape, layers=self.shape.layers)).flops(0)
 
-    def optimizer(self, parameters: float, bytes_each: int) -> Seconds:
-        """AdamW's step: everything that a parameter has is read, and all but its gradient written."""
-        return Seconds(memory=self.machine.stream(2 * parameters * bytes_each))
+    def optimizer(self, parameters: float, itemsize: int) -> Seconds:
+        """AdamW's step: parameter, gradient and two moments are read, and all but the gradient written.
+
+        Args:
+            itemsize: bytes of each of these numbers.
+        """
+        return Seconds(memory=self.machine.stream((4 + 3) * parameters * itemsize))
 
     def kept(self, layout: Layout) -> TransformerShape:
         """The shape with key/value heads counted as often as tensor parallelism holds them."""

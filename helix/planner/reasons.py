@@ -11,15 +11,14 @@ from helix.partition.grid import divisors
 from helix.planner.candidates import Asked, kv_copies
 from helix.planner.estimate import Estimator
 from helix.planner.layout import Layout
-from helix.planner.search import GOALS, Found, best_of_methods, kind, search
-from helix.planner.work import HEADROOM, Estimate
+from helix.planner.search import GOALS, Found, best_of_methods, kind, search, times_as_good
+from helix.planner.work import Estimate
 
 _WORDS = {
     "throughput": "tokens per second",
     "latency": "speed",
     "ttft": "speed to the first token",
     "tpot": "speed per output token",
-    "memory": "memory",
 }
 _PARTS = {
     "matmul": "matrix products",
@@ -52,10 +51,9 @@ def reasons(
         yield _stages(estimator, found, goal)
     others = [one for name, one in best_of_methods(found.fitting).items() if name != kind(best.layout)]
     if others:
-        yield (
-            f"The next best method: {others[0].layout.name} ({kind(others[0].layout)}), at "
-            f"{_ratio(best, others[0], goal)} of the {_WORDS[goal]}."
-        )
+        ratio = _ratio(best, others[0], goal)
+        at = f"{ratio} times as good in memory" if goal == "memory" else f"at {ratio} of the {_WORDS[goal]}"
+        yield f"The next best method: {others[0].layout.name} ({kind(others[0].layout)}), {at}."
     if not best.layout.runs_in(estimator.work.mode):
         yield _runnable(estimator, found, goal)
     shares = ", ".join(f"{_PARTS[name]} {part:.0%}" for name, part in best.seconds.shares().items() if part >= 0.005)
@@ -83,13 +81,12 @@ def few_words(estimator: Estimator, best: Estimate, less: tuple[int, Estimate] |
 
 
 def _ratio(best: Estimate, other: Estimate, goal: str) -> str:
-    """How the other one compares; below 1 is slower, or for memory above 1 is larger."""
-    own, theirs = GOALS[goal](best), GOALS[goal](other)
-    return f"{theirs / own:.2f}" if goal in ("throughput", "memory") else f"{own / theirs:.2f}"
+    """How the other one compares; below 1 is slower, or for memory larger."""
+    return f"{times_as_good(goal, other, best):.2f}"
 
 
 def _whole(estimator: Estimator, best: Estimate) -> str:
-    room, shape = HEADROOM * estimator.machine.memory_bytes, estimator.shape
+    room, shape = estimator.room, estimator.shape
     there = f" of {size(room)}" if room < math.inf else ""
     held = f"{size(best.memory.total)}{there}"
     if best.layout.ranks == 1:
@@ -142,13 +139,13 @@ def fewer(estimator: Estimator, best: Estimate, goal: str, asked: Asked) -> tupl
         return None
     while devices % 2 == 0:
         devices //= 2
-        half = Estimator(estimator.shape, replace(estimator.machine, devices=devices), estimator.work)
+        half = Estimator(estimator.shape, estimator.machine.at(devices), estimator.work)
         fitting = search(half, goal, asked).fitting
         if not fitting or GOALS[goal](fitting[0]) >= GOALS[goal](found[1] if found else best):
             break
         found = devices, fitting[0]
     one = Layout("data")
-    alone = Estimator(estimator.shape, replace(estimator.machine, devices=1), estimator.work)
+    alone = Estimator(estimator.shape, estimator.machine.at(1), estimator.work)
     if estimator.machine.devices > 1 and alone.fits(alone.memory(one)):
         single = alone.estimate(one)
         if GOALS[goal](single) <= GOALS[goal](found[1] if found else best):
@@ -249,7 +246,7 @@ def _replicas(estimator: Estimator, found: Found) -> Iterator[str]:
     else:
         asked = Asked(data=more[0], recompute=layout.recompute, shard_data=layout.shard_data)
         smallest = search(estimator, "memory", asked).smallest
-        room = HEADROOM * estimator.machine.memory_bytes
+        room = estimator.room
         if smallest is not None and smallest[1] > room:
             yield (
                 f"data={layout.data}: {more[0]} replicas need {size(smallest[1])} a device at least, of "

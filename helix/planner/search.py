@@ -24,6 +24,12 @@ GOALS: dict[str, Callable[[Estimate], float]] = {
 DIGITS = 9
 
 
+def times_as_good(goal: str, one: Estimate, other: Estimate) -> float:
+    """How many times as good as the other one an estimate is: as fast, as soon, or in as little memory."""
+    own, theirs = GOALS[goal](one), GOALS[goal](other)
+    return own / theirs if goal == "throughput" else theirs / own
+
+
 @dataclass(frozen=True)
 class Found:
     """What a search found.

@@ -13,10 +13,10 @@ from typing import Any
 
 from helix.config.schema import ConfigError, HardwareConfig
 from helix.partition.shape import TransformerShape
-from helix.planner.candidates import Asked
+from helix.planner.candidates import Asked, methods
 from helix.planner.estimate import Estimator
 from helix.planner.machine import machine_of
-from helix.planner.search import GOALS, search
+from helix.planner.search import search, times_as_good
 from helix.planner.work import Estimate, Work
 
 DEVICES_PER_KV_HEAD = tuple(map(Fraction, ("1/2", "1", "2", "4", "8", "16")))
@@ -49,8 +49,7 @@ class Cell:
         """How many times as good as its rival the sliced layout is; None where either does not exist."""
         if self.sliced is None or self.rival is None:
             return None
-        own, theirs = GOALS[self.goal](self.sliced), GOALS[self.goal](self.rival)
-        return own / theirs if self.goal == "throughput" else theirs / own
+        return times_as_good(self.goal, self.sliced, self.rival)
 
 
 @dataclass(frozen=True)
@@ -60,6 +59,7 @@ class Panel:
     Args:
         work: what the devices do, where the panel does not vary it; goal: what layouts are compared by.
         x_name, y_name: of the quantities; fixed: what the others are, in words.
+        rivals: the methods besides m > 1 that are searched.
     """
 
     work: Work
@@ -68,6 +68,7 @@ class Panel:
     y_name: str
     fixed: str
     cells: tuple[Cell, ...]
+    rivals: tuple[str, ...]
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: each place with its ratio and its two layouts."""
@@ -82,7 +83,14 @@ class Panel:
             }
             for one in self.cells
         ]
-        return {"goal": self.goal, "x": self.x_name, "y": self.y_name, "fixed": self.fixed, "cells": cells}
+        return {
+            "goal": self.goal,
+            "x": self.x_name,
+            "y": self.y_name,
+            "fixed": self.fixed,
+            "rivals": self.rivals,
+            "cells": cells,
+        }
 
 
 @dataclass(frozen=True)
@@ -113,19 +121,19 @@ class Place:
 def panels(place: Place) -> list[Panel]:
     """The three maps of one mode."""
     work, shape = place.work, place.shape
-    batch, devices = f"batch {work.batch}", f"{place.devices} devices"
+    batch, devices, rivals = f"batch {work.batch}", f"{place.devices} devices", methods(shape, work, place.asked)
     return [
         Panel(
             work, place.goal, "devices / key/value heads", "batch / devices", f"length {work.length}",
-            _cells(DEVICES_PER_KV_HEAD, SEQUENCES_PER_DEVICE, lambda x, y: _spread(place, x, y)),
+            _cells(DEVICES_PER_KV_HEAD, SEQUENCES_PER_DEVICE, lambda x, y: _spread(place, x, y)), rivals,
         ),
         Panel(
             work, place.goal, "features of a head", "length", f"{devices}, {batch}, heads x features kept",
-            _cells(_widths(shape), LENGTHS, lambda x, y: _wide(place, x, y)),
+            _cells(_widths(shape), LENGTHS, lambda x, y: _wide(place, x, y)), rivals,
         ),
         Panel(
             work, place.goal, f"bandwidth of all links, x {place.hardware.name}", "length", f"{devices}, {batch}",
-            _cells(LINKS, LENGTHS, lambda x, y: _linked(place, x, y)),
+            _cells(LINKS, LENGTHS, lambda x, y: _linked(place, x, y)), rivals,
         ),
     ]  # fmt: skip
 

@@ -44,17 +44,13 @@ class Work:
         """Bytes of one stored parameter: mixed precision keeps fp32."""
         return ITEMSIZE.get(self.precision, 4)
 
-    @property
-    def state_bytes(self) -> int:
-        """Bytes of one parameter in training: itself, its gradient and AdamW's two moments."""
-        return 4 * self.weight_bytes
-
 
 @dataclass(frozen=True)
 class Memory:
     """Bytes of the fullest rank.
 
     Args:
+        weights: with `shard_data` a rank's own part, and what it gathers at once.
         state: gradients and the optimizer's moments.
         activations: held at once in a step, or kept for the backward pass.
         cache: keys and values at the end of generation.

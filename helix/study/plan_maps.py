@@ -46,7 +46,7 @@ def winning_chart(panels: Sequence[Panel], title: str) -> Figure:
     chart.legend(handles=keys, loc="outside upper right", ncols=3, frameon=False, fontsize=8)
     words = f"Best layout with m > 1, times as good as the best of all others: {panels[0].goal}"
     chart.suptitle(words, x=0.01, ha="left")
-    rivals = "rivals: data, tensor, pipeline, context, Ulysses, m = 1 and their products"
+    rivals = f"rivals: {', '.join(panels[0].rivals)} and their products"
     caption(chart, title, rivals, "modelled, nothing fitted: a few per cent either way are a tie")
     return chart
 

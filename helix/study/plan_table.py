@@ -13,7 +13,7 @@ from helix.config.words import figure, size
 from helix.planner import known as known_models
 from helix.planner import published as published_tables
 from helix.planner.plan import Plan
-from helix.planner.search import GOALS, kind
+from helix.planner.search import kind, times_as_good
 from helix.planner.work import Estimate, Work
 
 MOST_ROWS = 8
@@ -133,16 +133,10 @@ def _table(plan: Plan, title: str, rows: Sequence[Estimate]) -> Table:
             figure(one.tokens_per_s),
             *(figure(time * 1e3) for time in times),
             size(one.memory.total),
-            f"{_times_as_good(plan, one):.2f}",
+            f"{times_as_good(plan.goal, one, plan.best):.2f}",
             style=style,
         )
     return table
-
-
-def _times_as_good(plan: Plan, one: Estimate) -> float:
-    """By the plan's goal, against its best; below 1 is worse."""
-    own, theirs = GOALS[plan.goal](plan.best), GOALS[plan.goal](one)
-    return theirs / own if plan.goal == "throughput" else own / theirs
 
 
 def _spread(rows: Sequence[Estimate]) -> list[Estimate]:
