@@ -42,7 +42,7 @@ def run(options: argparse.Namespace) -> None:
         ConfigError: in one sentence, before anything is launched.
         RuntimeError: if a bound of the gate is missed.
     """
-    path = _path(options.hardware)
+    path = catalogue.hardware_file(options.hardware)
     hardware = catalogue.read(path)
     for option, file in (("--json", options.json), ("--plot", options.plot)):
         if file is not None:
@@ -74,11 +74,6 @@ def run(options: argparse.Namespace) -> None:
         write_error(path, found.error)
     if missed := found.missed(options.least_tau, options.most_error, options.most_memory_error, options.least_good):
         raise RuntimeError(f"the predictions of hardware={hardware.name} miss their bounds: {'; '.join(missed)}")
-
-
-def _path(name: str) -> Path:
-    path = Path(name).expanduser()
-    return path if path.suffix == ".yaml" and path.is_file() else catalogue.check_named("hardware", name)
 
 
 def _device(options: argparse.Namespace) -> str:

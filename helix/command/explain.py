@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, get_origin, get_type_hints
 
 import yaml  # type: ignore[import-untyped]
 from hydra.conf import HydraConf
@@ -22,8 +22,8 @@ from omegaconf.errors import (
 from helix.command.prompt import LISTED
 from helix.config.check import suggest
 from helix.config.schema import ConfigError, PartitionError
+from helix.config.words import kinds
 
-WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 # What a list looks like.
 _LISTS = {"generate.stop": "\"['END']\"", "baseline": "[hf_tp2]"}
 FORM = "write key=value, such as parallel.m=4 or model=moe"
@@ -170,10 +170,7 @@ def _wrong_type(error: ValidationError, schema: type) -> str:
 
 
 def _legal_types(key: str, schema: type) -> str:
-    hint = _node(schema, key)
-    kinds = get_args(hint) or (hint,)
-    words = [WORDS[kind] for kind in kinds if kind in WORDS]
-    return " or ".join(words + (["null"] if words and type(None) in kinds else []))
+    return kinds(_node(schema, key))
 
 
 def _by_text(error: Exception, schema: type, conf: Path, overrides: list[str]) -> str:

@@ -23,6 +23,7 @@ from helix.config.check import check
 from helix.config.methods import to_name
 from helix.config.parallel import AUTO
 from helix.config.schema import ConfigError, InferConfig, Misfit, PartitionError, Settings
+from helix.config.train_schema import TrainConfig
 from helix.planner.chosen import told
 
 # Both are given the command's own configuration: an instance of `Command.schema`.
@@ -82,6 +83,27 @@ def tell(one: Settings) -> None:
     print("\n".join(lines), file=sys.stderr, flush=True)
 
 
+def check_chosen(one: Settings) -> None:
+    """Check that a layout was chosen by figures of the devices that will run it.
+
+    Raises:
+        ConfigError: if GPUs' figures decided, and cores are to compute.
+    """
+    assert isinstance(one, InferConfig | TrainConfig), one
+    hardware, ranks = one.hardware, one.parallel.ranks
+    traces = isinstance(one, InferConfig) and one.dry_run
+    if one.chosen is None or traces or hardware.name == AUTO or hardware.ranks_take_turns:
+        return
+    if environment.resolve_device(one.device, local := environment.local_ranks(ranks)) == "cuda":
+        return
+    instead = "dry_run=true" if isinstance(one, InferConfig) else "python -m helix plan mode=train"
+    raise ConfigError(
+        f"parallel=auto would choose by hardware={hardware.name}, and device={one.device} computes {local} ranks on "
+        f"this machine's cores (it has {environment.gpus()} GPUs); take {instead} for a prediction alone, or "
+        f"hardware={AUTO} for this machine"
+    )
+
+
 def check_agreed(this: Command, jobs: Sequence[Settings]) -> None:
     """End the command if a rank that a launcher started chose another layout than rank 0 on its host."""
     launcher = environment.started()
@@ -120,6 +142,7 @@ def settle(this: Command, cfg: DictConfig, folder: str | None = None, where: str
         one: Settings = typed(cfg, this.conf)
         try:
             one = choose(one)
+            check_chosen(one)
             this.check(one)
         except (PartitionError, Misfit) as error:
             misfit = str(error)

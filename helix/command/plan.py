@@ -16,7 +16,7 @@ from helix.config.plan_schema import PlanConfig
 from helix.config.schema import ConfigError, PartitionError
 from helix.planner import known
 from helix.planner.candidates import Asked, check_asked
-from helix.planner.catalogue import CONF, check_named, is_folder, model, shape
+from helix.planner.catalogue import CONF, check_named, hardware, is_file, is_folder, model, shape
 from helix.planner.machine import machine_of
 from helix.planner.plan import Plan, plan
 from helix.planner.search import check_goal
@@ -25,13 +25,17 @@ from helix.planner.work import Work
 
 
 def settings(overrides: Sequence[str], conf: Path = CONF) -> PlanConfig:
-    """The configuration that a command line's overrides make; model= also takes a Hugging Face folder's path.
+    """The configuration that a command line's overrides make.
+
+    model= also takes a Hugging Face folder's path, and hardware= a file's.
 
     Raises:
         ConfigError: in one sentence with the legal choices.
     """
     folders = [word for word in overrides if word.startswith("model=") and is_folder(word.partition("=")[2])]
-    words = [_known(word, conf) for word in overrides if word not in folders]
+    files = [word for word in overrides if word.startswith("hardware=") and is_file(word.partition("=")[2])]
+    words = [_known(word, conf) for word in overrides if word not in (*folders, *files)]
+    _check_words(words, files)
     prepare((), "plan", PlanConfig)
     try:
         with initialize_config_dir(str(conf), version_base=VERSION_BASE, job_name="plan"):
@@ -42,8 +46,18 @@ def settings(overrides: Sequence[str], conf: Path = CONF) -> PlanConfig:
         raise ConfigError(explain(error, PlanConfig, conf, words)) from error
     if folders:
         one.model = model(folders[-1].partition("=")[2])
+    if files:
+        one.hardware = hardware(files[-1].partition("=")[2])
     check_values(one)
     return one
+
+
+def _check_words(words: Sequence[str], files: Sequence[str]) -> None:
+    for word in words:
+        if word.startswith("parallel.goal="):
+            raise ConfigError(f"there is no key parallel.goal here; write goal={word.partition('=')[2]}")
+        if word.startswith("hardware.") and files:
+            raise ConfigError(f"{word} cannot be given with {files[-1]}; write it into that file")
 
 
 def plan_of(one: PlanConfig) -> Plan:
@@ -101,6 +115,8 @@ def _asked(one: PlanConfig) -> Asked:
 def _known(word: str, conf: Path) -> str:
     """`model=llama3_70b` stands for the file among those of known models."""
     key, _, name = word.partition("=")
+    if key == "hardware" and name.endswith((".yaml", ".yml")):  # that is not there
+        check_named("hardware", name)
     if key != "model":
         return word
     if (conf / f"model/known/{name}.yaml").exists():

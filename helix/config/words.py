@@ -1,6 +1,17 @@
-"""Numbers as people read them."""
+"""Numbers and types as people read them."""
 
 from __future__ import annotations
+
+from typing import Any, get_args
+
+_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+
+
+def kinds(hint: Any) -> str:
+    """What a value of an annotation may be; empty of those that are no scalars."""
+    given = get_args(hint) or (hint,)
+    words = [_KINDS[kind] for kind in given if kind in _KINDS]
+    return " or ".join(words + (["null"] if words and type(None) in given else []))
 
 
 def figure(value: float) -> str:

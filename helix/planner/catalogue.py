@@ -5,7 +5,7 @@ from __future__ import annotations
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_type_hints
 
 import yaml  # type: ignore[import-untyped]
 from omegaconf import OmegaConf
@@ -14,7 +14,8 @@ from omegaconf.errors import OmegaConfBaseException
 import helix
 from helix.config.folder import CONFIG, shape_of
 from helix.config.schema import PACKAGE, PRETRAINED, ConfigError, HardwareConfig, ModelConfig, to_shape
-from helix.config.values import check_values
+from helix.config.values import check_values, suggest
+from helix.config.words import kinds
 from helix.partition.architectures import FAMILIES
 from helix.partition.shape import TransformerShape
 from helix.planner.answering import planned, without_pairs
@@ -23,12 +24,27 @@ CONF = Path(helix.__file__).resolve().parent.parent / "conf"
 
 
 def hardware(name: str) -> HardwareConfig:
-    """A file of conf/hardware.
+    """A file of conf/hardware, by its name, or any hardware file, by its path.
 
     Raises:
         ConfigError: if there is none, with those that there are; or if it is not as it should be.
     """
-    return read(check_named("hardware", name))
+    return read(hardware_file(name))
+
+
+def hardware_file(name: str) -> Path:
+    """The file that a name or a path stands for.
+
+    Raises:
+        ConfigError: if there is none, with those that there are.
+    """
+    return Path(name).expanduser() if is_file(name) else check_named("hardware", name)
+
+
+def is_file(name: str) -> bool:
+    """Whether a name is the path of a YAML file."""
+    path = Path(name).expanduser()
+    return path.suffix in (".yaml", ".yml") and path.is_file()
 
 
 def read(path: Path) -> HardwareConfig:
@@ -37,13 +53,38 @@ def read(path: Path) -> HardwareConfig:
     Raises:
         ConfigError: if it is not as it should be.
     """
+    content, hints = _content(path), get_type_hints(HardwareConfig)
+    for key, value in content.items():
+        if key not in hints:
+            raise ConfigError(f"{path} is no hardware file: no such has a key {key}{suggest(str(key), list(hints))}")
+        try:
+            OmegaConf.merge(OmegaConf.structured(HardwareConfig), {key: value})
+        except (OmegaConfBaseException, ValueError) as error:
+            legal = kinds(hints[key])
+            wrong = f"takes {legal}, not {value}" if legal else "is not as python -m helix calibrate writes it"
+            raise ConfigError(f"{path} is no hardware file: {key} {wrong}") from error
+    merged = OmegaConf.merge(OmegaConf.structured(HardwareConfig), content)
     try:
-        content = OmegaConf.merge(OmegaConf.structured(HardwareConfig), yaml.safe_load(path.read_text()))
-        found = cast(HardwareConfig, OmegaConf.to_object(content))
-    except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"{path} is no hardware file: {' '.join(str(error).split())}") from error
+        if missing := sorted(OmegaConf.missing_keys(merged)):
+            raise ConfigError(f"{path} is no hardware file: {missing[0]} is not given")
+        found = cast(HardwareConfig, OmegaConf.to_object(merged))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path} is no hardware file: ${{..}} in it leads nowhere") from error
     check_values(found, "hardware.")
     return found
+
+
+def _content(path: Path) -> dict[Any, Any]:
+    try:
+        content = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror})") from error
+    except (yaml.YAMLError, ValueError) as error:
+        mark = getattr(error, "problem_mark", None)
+        raise ConfigError(f"{path} is no legal YAML{f' at line {mark.line + 1}' if mark else ''}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} is no hardware file: it has no keys; conf/hardware has files that do")
+    return content
 
 
 def model(name: str) -> ModelConfig:
@@ -99,8 +140,10 @@ def check_named(group: str, name: str) -> Path:
     if stem not in files:
         near = get_close_matches(stem, files, n=1)
         meant = f" (did you mean {near[0]}?)" if near else ""
-        other = ", or the path of a Hugging Face folder" if group == "model" else ""
-        raise ConfigError(f"there is no {group}={name}{meant}; choose one of: {', '.join(files)}{other}")
+        path = "a Hugging Face folder" if group == "model" else "a .yaml file"
+        raise ConfigError(
+            f"there is no {group}={name}{meant}; choose one of: {', '.join(files)}, or the path of {path}"
+        )
     return files[stem]
 
 

@@ -106,7 +106,8 @@ def check_goal(goal: str, mode: str) -> None:
     """
     legal = [name for name in GOALS if mode == "generate" or name not in ("ttft", "tpot")]
     if goal not in legal:
-        raise ConfigError(f"goal={goal} is none of mode={mode}; choose one of: {', '.join(legal)}")
+        other = "mode=generate, which has it, or " if goal in GOALS else ""
+        raise ConfigError(f"goal={goal} is none of mode={mode}; choose {other}one of: {', '.join(legal)}")
 
 
 def simplicity(layout: Layout) -> tuple[int, ...]:
