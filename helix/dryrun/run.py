@@ -35,6 +35,10 @@ TRACED = {
     "are built from exchanges, as over gloo; gloo's own buffers and the allocator's slack are not there.",
 }
 _SERIAL = "Times are those of each operator by itself, one after the other: nothing is hidden behind computation."
+_EAGER = (
+    "Traced times through memory are above the planner's, which counts norms, residuals, positions and activations as "
+    "fused operations: eager PyTorch runs many more, each traced by itself."
+)
 
 # What the libraries under a method raise where a model's sizes do not suit them, or that are not there.
 _OWN_ERRORS = (ImportError, RuntimeError)
@@ -92,7 +96,8 @@ def _machine(settings: InferConfig) -> tuple[Machine | None, list[str]]:
         machine = machine_of(settings.hardware, settings.precision, settings.parallel.ranks)
     except ConfigError as error:
         return None, [f"No times: {error}."]
-    return machine, [_SERIAL, band(machine.error, "generate" if settings.model.kind == PRETRAINED else "forward")]
+    mode = "generate" if settings.model.kind == PRETRAINED else "forward"
+    return machine, [_SERIAL, _EAGER, band(machine.error, mode)]
 
 
 def _catalogue() -> list[str]:

@@ -124,7 +124,7 @@ def plan(
 
     Args:
         model, hardware: by their names in conf/model and conf/hardware, or as configured; a model also by the path of
-            a Hugging Face folder, of which config.json is read.
+            a Hugging Face folder, of which config.json is read, and hardware by that of a file.
         devices: how many; None for as many as the hardware's system has.
         mode: forward (one pass over whole sequences), train (a step of AdamW) or generate.
         batch: sequences over all replicas.
