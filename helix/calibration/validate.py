@@ -1,16 +1,15 @@
 """The planner's predictions against what this machine's ranks do: step times, memory, bytes, and its choice.
 
 The layouts of a case take turns (`helix.study.alternate`), after each has proved itself against the single-device
-model (`helix.study.trial`), which also counts its bytes; all cases of as many ranks share a launch.
+model (`helix.study.trial`), which also counts its bytes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
 from statistics import median
 
 import torch
@@ -37,19 +36,17 @@ TIMEOUT_S = 300
 
 
 def validate(hardware: str, cases: Sequence[Case], device: str, rounds: Rounds) -> Validation:
-    """Run every case; all cases of as many ranks share a launch.
+    """Run every case, each in a launch of its own: process groups of many methods, once made, slow all that follow.
 
     Raises:
         RankError: if a rank was killed.
     """
     load({"helix"}, True, device)
     outcomes: list[Outcome] = []
-    for ranks, group in groupby(cases, lambda case: case.ranks):
-        these = list(group)
-        traced = [_traced_bytes(case) for case in these]
-        found = launch(_rank, these, rounds, ranks=ranks, device=device, timeout_s=TIMEOUT_S)
-        for case, peaks, answers in zip(these, traced, zip(*found, strict=True), strict=True):
-            outcomes += _outcomes(case, peaks, answers)
+    for case in cases:
+        traced = _traced_bytes(case)
+        found = launch(_measure, case, rounds, ranks=case.ranks, device=device, timeout_s=TIMEOUT_S)
+        outcomes += _outcomes(case, traced, found)
     return Validation(hardware, tuple(outcomes))
 
 
@@ -78,10 +75,6 @@ class Measured:
 
 # Of one rank and case: each layout's figures, and the steps of its turns.
 Answer = tuple[dict[str, Measured], Spans]
-
-
-def _rank(cases: Iterable[Case], rounds: Rounds) -> list[Answer]:
-    return [_measure(case, rounds) for case in cases]
 
 
 def _measure(case: Case, rounds: Rounds) -> Answer:
