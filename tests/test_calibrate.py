@@ -273,7 +273,7 @@ def test_without_gpus_and_under_a_launcher_it_is_refused() -> None:
     assert "start it without torchrun" in err
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_calibration_that_is_stopped_leaves_nothing(tmp_path: Path, number: int) -> None:
     process = calibrate(tmp_path)
     deadline = time.monotonic() + 60
