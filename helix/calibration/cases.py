@@ -83,7 +83,7 @@ def cases(hardware: HardwareConfig, device: str, ranks: int, layouts: int) -> It
             share = commonest(tokens_of(job))
             work = Work("forward", batch, length, precision=job.precision, commonest=share)
             estimator = Estimator(catalogue.shape(job.model, work.mode), machine, work)
-            yield Case(size, job, _some(estimator, size, layouts, job.parallel))
+            yield Case(size, job, _some(estimator, layouts, job.parallel))
         size *= 2
 
 
@@ -99,9 +99,9 @@ def commonest(tokens: NDArray[np.int64]) -> float:
     return float(np.bincount(tokens.flatten()).max() / tokens.size)
 
 
-def _some(estimator: Estimator, ranks: int, count: int, asked: ParallelConfig) -> dict[str, Estimate]:
+def _some(estimator: Estimator, count: int, asked: ParallelConfig) -> dict[str, Estimate]:
     """Half of them those that should be the fastest, the other half evenly from all others, the slowest among them."""
-    alike = candidates(estimator.shape, estimator.work, ranks, Asked(runnable=True))
+    alike = candidates(estimator.shape, estimator.work, estimator.machine.devices, Asked(runnable=True))
     found: dict[str, Estimate] = {}
     every = (estimator.estimate(layout) for one in alike for layout in one)
     for one in sorted(every, key=lambda one: one.seconds.total):

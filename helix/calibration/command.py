@@ -50,6 +50,18 @@ def run(options: argparse.Namespace) -> None:
     terminal.print(f"\nwritten to {path}", soft_wrap=True)
 
 
+def device_of(asked: str) -> str:
+    """The kind of device that --device means: of `auto` GPUs, if there are any.
+
+    Raises:
+        ConfigError: if there are none and they were asked for.
+    """
+    gpus = environment.gpus()
+    if asked == "cuda" and not gpus:
+        raise ConfigError("--device cuda needs a GPU, and this machine has none; take --device cpu")
+    return "cuda" if gpus and asked != "cpu" else "cpu"
+
+
 def _check(options: argparse.Namespace) -> tuple[str, int]:
     """The device to measure, and the most ranks that exchange.
 
@@ -62,12 +74,7 @@ def _check(options: argparse.Namespace) -> tuple[str, int]:
             f"calibrate forks its own ranks and measures one host; start it without {started.by} (the links between "
             "hosts are out of its scope: write host_link_* into its file by hand)"
         )
-    gpus = environment.gpus()
-    device = options.device
-    if device == "auto":
-        device = "cuda" if gpus else "cpu"
-    if device == "cuda" and not gpus:
-        raise ConfigError("--device cuda needs a GPU, and this machine has none; take --device cpu")
+    gpus, device = environment.gpus(), device_of(options.device)
     most = gpus if device == "cuda" else environment.most_ranks()
     default = gpus if device == "cuda" else min(2 if options.quick else 16, most)
     ranks = default if options.ranks is None else options.ranks

@@ -21,6 +21,7 @@ from helix.attention.schedules import score
 from helix.calibration.points import Layer, Points
 from helix.calibration.rounds import timed
 from helix.comm.mesh import SINGLE, Mesh
+from helix.comm.process_group import own_device
 from helix.models.transformer import Transformer
 from helix.partition.grid import Grid
 from helix.partition.options import AttentionOptions
@@ -43,9 +44,7 @@ _ATTENTION_BYTES = 2**26  # of queries, keys and values of one call
 
 def compute_times(points: Points) -> dict[Label, list[float]]:
     """On every rank: seconds of each operation in each pass."""
-    device = (
-        torch.device(points.device, torch.cuda.current_device()) if points.device == "cuda" else torch.device("cpu")
-    )
+    device = own_device(points.device)
     torch.manual_seed(dist.get_rank())
     return timed(
         {

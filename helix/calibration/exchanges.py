@@ -12,6 +12,7 @@ from helix.calibration.points import Points
 from helix.calibration.rounds import timed
 from helix.comm import transport
 from helix.comm.mesh import Axis, Mesh
+from helix.comm.process_group import own_device
 from helix.comm.shared_memory import SLOT_BYTES
 from helix.config.hardware import KINDS, LIBRARY_KINDS
 from helix.models.transformer import Transformer
@@ -32,9 +33,7 @@ _BATCH, _LENGTH = 4, 64
 
 def exchange_times(points: Points) -> tuple[dict[Label, list[float]], int]:
     """On every rank: seconds of each collective in each pass, and bytes that the first step took besides tensors."""
-    device = (
-        torch.device(points.device, torch.cuda.current_device()) if points.device == "cuda" else torch.device("cpu")
-    )
+    device = own_device(points.device)
     ranks = dist.get_world_size()
     buffers = _buffers(device)  # before anything else has exchanged
     works: dict[Label, Callable[[], object]] = {}
@@ -64,9 +63,8 @@ def numels(kind: str, group: int, points: Points) -> list[int]:
     if kind in LIBRARY_KINDS:
         return sorted({_numel(kind, group, size) for size in points.sizes[::2]})
     found = {_numel(kind, group, size) for size in points.sizes}
-    if (
-        points.device == "cpu" and kind != "all_to_all"
-    ):  # which never goes there, as a rank does not know others' sizes
+    # An uneven all-to-all never goes there, as a rank does not know the others' sizes.
+    if points.device == "cpu" and kind != "all_to_all":
         most = SLOT_BYTES // _ITEMSIZE // group * group
         found |= {most, most + group}
     return sorted(found)

@@ -15,6 +15,7 @@ from helix.calibration.results import Calibration
 from helix.config.check import check_values
 from helix.config.hardware import HardwareConfig
 from helix.config.schema import ConfigError
+from helix.study.report import write_whole
 from helix.study.statistics import Typical
 
 # The first words of every file that a calibration has written: no other may be overwritten.
@@ -55,12 +56,7 @@ def write(found: Calibration, path: Path, header: str) -> None:
     """
     text = render(found, header)
     read(text)  # what could not be chosen is not written
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        draft.write_text(text)
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
+    write_whole(text, path)
 
 
 def read(text: str) -> HardwareConfig:

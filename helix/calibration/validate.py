@@ -19,6 +19,7 @@ from torch import Tensor
 from helix.calibration.cases import Case, tokens_of
 from helix.calibration.outcomes import Outcome, Validation
 from helix.comm.launch import launch
+from helix.comm.process_group import own_device
 from helix.config.schema import to_shape
 from helix.dryrun.drawn import trace_step
 from helix.dryrun.world import pretended
@@ -80,8 +81,7 @@ Answer = tuple[dict[str, Measured], Spans]
 def _measure(case: Case, rounds: Rounds) -> Answer:
     """What each rank does for one case. Layouts that cannot run after all are left out, on every rank alike."""
     work = case.job.workload
-    cuda = case.job.device == "cuda"
-    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+    device = own_device(case.job.device)
     shape, dtype = to_shape(case.job.model), DTYPES[case.job.precision]
     job = Job(shape, work.batch_size, work.seq_len, dtype, device, case.job.seed)
     tokens = torch.from_numpy(tokens_of(case.job)).to(device)

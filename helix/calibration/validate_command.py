@@ -9,12 +9,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 from helix.calibration.cases import cases
+from helix.calibration.command import device_of
 from helix.calibration.points import MARK
 from helix.config import environment
 from helix.config.hardware import HardwareConfig
 from helix.config.schema import ConfigError
 from helix.planner import catalogue
 from helix.study.plan_command import check_file
+from helix.study.report import write_whole
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -47,7 +49,7 @@ def run(options: argparse.Namespace) -> None:
     for option, file in (("--json", options.json), ("--plot", options.plot)):
         if file is not None:
             check_file(option, file, picture=option == "--plot")
-    device = _device(options)
+    device = device_of(options.device)
     _check(options, device)
     if options.write:
         _check_own(path, hardware, device)
@@ -74,13 +76,6 @@ def run(options: argparse.Namespace) -> None:
         write_error(path, found.error)
     if missed := found.missed(options.least_tau, options.most_error, options.most_memory_error, options.least_good):
         raise RuntimeError(f"the predictions of hardware={hardware.name} miss their bounds: {'; '.join(missed)}")
-
-
-def _device(options: argparse.Namespace) -> str:
-    gpus = environment.gpus()
-    if options.device == "cuda" and not gpus:
-        raise ConfigError("--device cuda needs a GPU, and this machine has none; take --device cpu")
-    return "cuda" if gpus and options.device != "cpu" else "cpu"
 
 
 def _check(options: argparse.Namespace, device: str) -> None:
@@ -115,9 +110,4 @@ def write_error(path: Path, error: float) -> None:
     kept.insert(
         place, f"time_error_share: {error:.3f} # median of python -m helix validate, on the machine of this file"
     )
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        draft.write_text("\n".join(kept) + "\n")
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
+    write_whole("\n".join(kept) + "\n", path)

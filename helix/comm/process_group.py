@@ -18,6 +18,11 @@ _groups = itertools.count()
 _POLL_S = 0.01
 
 
+def own_device(kind: str) -> torch.device:
+    """This rank's device, where its ranks' are of this kind: cpu or cuda."""
+    return torch.device("cuda", torch.cuda.current_device()) if kind == "cuda" else torch.device("cpu")
+
+
 class ProcessGroup:
     """The default process group for one rank's work, torn down on every way out."""
 

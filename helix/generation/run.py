@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from helix.comm.launch import launch
+from helix.comm.process_group import own_device
 from helix.config.environment import local_ranks, resolve_device, speaks
 from helix.config.folder import shape_of
 from helix.config.generation import check_shape, prompts_of, stop_texts
@@ -132,7 +132,7 @@ def _measure(
     settings: InferConfig, given: Given, device: str, tracker: Tracker
 ) -> tuple[dict[str, Found], dict[str, str], dict[str, Accuracy]]:
     """Run the protocol on this rank; rank 0 then compares with transformers alone."""
-    own = torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else torch.device("cpu")
+    own = own_device(device)
     source = Source(given.folder, DTYPES[settings.precision], own)
     pad = padding(given.tokenizer, given.ends)
     stop = stop_texts(settings.generate)

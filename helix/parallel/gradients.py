@@ -29,6 +29,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate
 
 from helix.comm import transport
 from helix.comm.mesh import Axis, Mesh, axis_of
+from helix.comm.process_group import own_device
 
 # A flat tensor is a copy of the gradients in it: large ones gain nothing from company and would cost memory.
 BUCKET_BYTES = 32 * 2**20
@@ -123,7 +124,7 @@ def global_norm(of: Parameters, mesh: Mesh) -> Tensor:
     over_data = any(_averaged(gradient) for gradient in gradients)
     axes = [mesh.model, mesh.stage, *([mesh.data] if over_data else [])]
     holders = mesh.model.size * (mesh.data.size if over_data else 1)
-    total = torch.zeros((), dtype=torch.float64, device=own_device(mesh))
+    total = torch.zeros((), dtype=torch.float64, device=own_device(mesh.device_type))
     for gradient in gradients:
         assert gradient is not None
         squares = torch.linalg.vector_norm(local_gradient(gradient), dtype=torch.float64).square()
@@ -173,11 +174,6 @@ def local_gradients(of: Parameters) -> dict[torch.dtype, list[Tensor]]:
         if shard.numel():  # none where there are more ranks than rows
             shards[shard.dtype].append(shard)
     return shards
-
-
-def own_device(mesh: Mesh) -> torch.device:
-    """This rank's device of the mesh's kind."""
-    return torch.device("cuda", torch.cuda.current_device()) if mesh.device_type == "cuda" else torch.device("cpu")
 
 
 def _in_order(gradients: list[_Gradient]) -> list[str]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from helix.comm import transport
 from helix.comm.mesh import Mesh
-from helix.parallel.gradients import own_device
+from helix.comm.process_group import own_device
 from helix.partition.grid import Grid
 
 # torch.amp.GradScaler's.
@@ -50,7 +50,7 @@ class LossScaler:
 
     def unscale(self, gradients: Mapping[torch.dtype, list[Tensor]], mesh: Mesh) -> None:
         """Divide this rank's shards by the scale, in place; agree on whether any rank's are not finite."""
-        found = torch.zeros((), dtype=torch.float32, device=own_device(mesh))
+        found = torch.zeros((), dtype=torch.float32, device=own_device(mesh.device_type))
         inverse = torch.full((), 1 / self.value, dtype=torch.float32, device=found.device)
         for shards in gradients.values():
             torch._amp_foreach_non_finite_check_and_unscale_(shards, found, inverse)

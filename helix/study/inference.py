@@ -23,6 +23,7 @@ from lightning.pytorch import Trainer
 from helix.checkpoint.agree import from_rank_0
 from helix.checkpoint.restoring import open_checked
 from helix.comm.launch import launch
+from helix.comm.process_group import own_device
 from helix.config.environment import local_ranks, resolve_device, speaks
 from helix.config.methods import baselines_of, to_name
 from helix.config.schema import InferConfig, ParallelConfig, digest, to_grid, to_shape
@@ -81,7 +82,7 @@ def _rank(settings: InferConfig, run_dir: Path, device: str, began: str, launche
 def _measure(settings: InferConfig, device: str, tracker: Tracker, run_dir: Path) -> Found:
     """Run the protocol on this rank."""
     parallel, work = settings.parallel, settings.workload
-    job = _job(settings, _own_device(device))
+    job = _job(settings, own_device(device))
     layouts = {to_name(each): (each.method, resolve(settings, each)) for each in _methods(settings)}
     module = BenchmarkModule(layouts, job, _tokens(settings))
     watch = Stopwatch(work, tracker)
@@ -119,10 +120,6 @@ def _job(settings: InferConfig, device: torch.device) -> Job:
     dtype = DTYPES[settings.precision]
     weights = None if settings.ckpt is None else from_rank_0(partial(open_checked, settings.ckpt))
     return Job(to_shape(settings.model), work.batch_size, work.seq_len, dtype, device, settings.seed, weights)
-
-
-def _own_device(device: str) -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else torch.device("cpu")
 
 
 def _tokens(settings: InferConfig) -> torch.Tensor:
