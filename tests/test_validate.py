@@ -25,7 +25,10 @@ from helix.config.hardware import (
 from helix.config.schema import ConfigError
 from helix.planner import catalogue
 from helix.planner.curves import Curve, exchanges
+from helix.planner.estimate import Estimator
+from helix.planner.layout import Layout
 from helix.planner.machine import machine_of
+from helix.planner.work import Work
 from helix.study.alternate import Rounds
 
 CPU = catalogue.hardware("cpu")
@@ -69,6 +72,24 @@ def test_ranks_on_cores_take_turns() -> None:
     slower = replace(CPU, turns=MeasuredTurns([2, 8], [1.0, 1.5], [1.0, 1.5], [1.0, 1.5]))
     assert machine_of(slower, "32-true", 8).matmul(1e9, 1e6, 64) == pytest.approx(6 * alone.matmul(1e9, 1e6, 64))
     assert many.spread(8, 1) == 8, "all ranks share the host"
+
+
+def test_tensor_parallelism_on_cores_pays_for_its_dispatch() -> None:
+    shape, work = catalogue.shape(catalogue.model("dense"), "forward"), Work("forward", 16, 32, precision="32-true")
+    tensor = Layout("tensor", n=4)
+    for layout, times in (
+        (tensor, 1),
+        (replace(tensor, sharded=True), 1),
+        (Layout("helix", 2, 2), 0),
+        (Layout("data", data=4), 0),
+    ):
+        seconds = [
+            Estimator(shape, machine_of(replace(CPU, dtensor_us=us), "32-true", 4), work).estimate(layout).seconds
+            for us in (0.0, 5000.0)
+        ]
+        turns = machine_of(CPU, "32-true", 4).turns
+        assert seconds[1].total - seconds[0].total == pytest.approx(times * shape.layers * 5e-3 * turns)
+        assert seconds[1].dispatch == pytest.approx(times * shape.layers * 5e-3 * turns)
 
 
 def test_measured_shares_go_before_the_stated_ones() -> None:
