@@ -17,10 +17,9 @@ if TYPE_CHECKING:
     from helix.partition.grid import PartitionError as PartitionError
     from helix.planner.plan import plan as plan
     from helix.pretrained.helixify import helixify as helixify
-    from helix.study.verify import verify as verify
 
 __version__ = "0.1.0"
-__all__ = ["Grid", "HelixAttention", "Mesh", "PartitionError", "helixify", "launch", "plan", "verify"]
+__all__ = ["Grid", "HelixAttention", "Mesh", "PartitionError", "helixify", "launch", "plan"]
 
 _HOMES = {
     "Grid": "helix.partition.grid",
@@ -30,7 +29,6 @@ _HOMES = {
     "helixify": "helix.pretrained.helixify",
     "launch": "helix.comm.launch",
     "plan": "helix.planner.plan",
-    "verify": "helix.study.verify",
 }
 
 
