@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup infer generate train test check lab notebooks notebooks-stored clean
+.PHONY: setup infer generate train test check lab notebooks notebooks-stored paper clean
 
 setup: .venv/.stamp
 
@@ -49,6 +49,9 @@ notebooks: setup
 # The stored notebooks in place, on notebooks/data: after a change of their cells.
 notebooks-stored: setup
 	$(BIN)/python notebooks/execute.py --stored
+
+paper: setup
+	$(BIN)/python -m paper.build
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
