@@ -10,7 +10,7 @@ from typing import Any
 
 from helix.claims.ledger import ConfigError
 from helix.figures.style import save
-from paper.report import measured, modelled, prose, tables, words
+from paper.report import measured, modelled, prose, said, tables, words
 from paper.report.drawings import DRAWN, MADE_OF
 from paper.report.errors import ReportError
 from paper.report.sources import ROOT, Sources
@@ -60,11 +60,12 @@ def collect(sources: Sources | None = None) -> Contents:
     found = prose.texts(FOLDER)
     prose.check_digits(found)
     prose.check_citations(found, FOLDER)
+    said.check(sources)
     try:
         made = tables.tables(sources)
         numbers = measured.numbers(sources) | modelled.numbers(sources) | tables.headers(sources)
-    except (AssertionError, ConfigError, KeyError) as error:
-        raise ReportError(f"a result is not as the text says of it: {error}") from error
+    except (ConfigError, KeyError) as error:
+        raise ReportError(f"a result lacks what the text refers to: {error}") from error
     for names in MADE_OF.values():
         for name in names:
             sources.used.add(_result(sources, name))

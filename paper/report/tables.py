@@ -8,9 +8,9 @@ import pandas as pd
 
 from helix.claims.ledger import VERDICTS
 from helix.claims.table import Row, counts, hardest, rows, telling
-from helix.partition.grid import HeadLayout, PartitionError, legal_grids
-from helix.planner.catalogue import model
+from helix.partition.grid import HeadLayout, legal_grids
 from paper.report import formulas, words
+from paper.report.errors import ReportError
 from paper.report.measured import smollm2_runs
 from paper.report.modelled import known_columns, modelled
 from paper.report.sources import Sources
@@ -65,14 +65,12 @@ def _parity(sources: Sources) -> Rows:
 
 def _smollm2(sources: Sources) -> Rows:
     runs = smollm2_runs(sources)
-    shape = model("smollm2")
-    assert isinstance(shape.heads, int)
-    assert isinstance(shape.kv_heads, int)
-    assert isinstance(shape.head_dim, int)
+    dims = sources.json("smollm2_helix_4x3")["model"]
+    layout = HeadLayout(dims["heads"], dims["kv_heads"], dims["head_dim"], rope=True)
     out = []
-    for ranks in sorted({*runs, shape.heads}):
+    for ranks in sorted({*runs, layout.heads}):
         if ranks not in runs:  # as many ranks as heads: no grid divides it
-            out.append([str(ranks), _refused(shape.heads, shape.kv_heads, shape.head_dim, ranks), DASH, DASH, DASH])
+            out.append([str(ranks), _refused(layout, ranks), DASH, DASH, DASH])
             continue
         run = runs[ranks]
         weights = words.size(run["memory_bytes_per_rank"]["weights"])
@@ -81,10 +79,9 @@ def _smollm2(sources: Sources) -> Rows:
     return out
 
 
-def _refused(heads: int, kv_heads: int, head_dim: int, ranks: int) -> str:
-    layout = HeadLayout(heads, kv_heads, head_dim, rope=True)
+def _refused(layout: HeadLayout, ranks: int) -> str:
     if legal_grids(layout, ranks):
-        raise PartitionError(f"SmolLM2 has a grid of {ranks} ranks that was not run")
+        raise ReportError(f"SmolLM2 has a grid of {ranks} ranks, and no stored run on it")
     return "no grid divides it"
 
 
