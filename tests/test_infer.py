@@ -99,18 +99,6 @@ def test_baselines_take_turns_and_the_report_compares_them(tmp_path: Path) -> No
     ]
 
 
-def test_perslice_says_that_it_is_another_function(tmp_path: Path) -> None:
-    report, out = _run(
-        tmp_path, "parallel=helix", "parallel.m=2", "parallel.n=1", "parallel.schedule=perslice", "model=dense",
-        "logger=none", *TINY,
-    )  # fmt: skip
-    assert report["accuracy"]["reference"] == "mha_narrow_heads"
-    assert report["accuracy"]["relative_error"] <= 1e-5
-    assert report["accuracy"]["relative_error_to_h_heads"] > 0.01
-    assert report["wandb"] is None
-    assert "different function" in " ".join(out.split())
-
-
 def test_odd_shapes(tmp_path: Path) -> None:
     """9 heads, 3 KV heads, width 96, length 100, batch 1, on 3 x 1 ranks."""
     report, _ = _run(
@@ -127,19 +115,25 @@ def test_data_replicas_and_single(tmp_path: Path) -> None:
         ("data", ["parallel=helix", "parallel.m=1", "parallel.n=2", "parallel.data=2", "model=moe"]),
         ("single", ["parallel=single", "model=dense"]),
     ):
-        report, _ = _run(tmp_path / name, *overrides, "logger=none", *TINY)
+        report, _ = _run(tmp_path / name, *overrides, "logger=none", *TINY, "workload.runs=2")
         traffic = report["comm_bytes_per_rank_per_step"]
         assert report["accuracy"]["relative_error"] <= 1e-5
         assert traffic["executed"] == traffic["predicted"]
         assert bool(traffic["executed"]) == (name == "data")
 
 
-def test_multirun_runs_every_job(tmp_path: Path) -> None:
-    words = ["parallel=helix", "parallel.m=1,2", "parallel.n=1", "model=dense", "logger=none", *TINY]
-    process = Command("infer.py", "-m", f"hydra.sweep.dir={tmp_path}", *words)
+def test_multirun_runs_every_job_and_perslice_says_that_it_is_another_function(tmp_path: Path) -> None:
+    words = ["parallel=helix", "parallel.m=2", "parallel.n=1,2", "parallel.schedule=perslice", "model=dense"]
+    process = Command("infer.py", "-m", f"hydra.sweep.dir={tmp_path}", *words, "logger=none", *TINY, "workload.runs=2")
     assert process.wait(timeout=90) == 0, process.read()
     reports = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("*/report.json"))]
-    assert [report["method"]["name"] for report in reports] == ["helix_1x1", "helix_2x1"]
+    assert [report["method"]["name"] for report in reports] == ["helix_2x1_perslice", "helix_2x2_perslice"]
+    for report in reports:
+        assert report["accuracy"]["reference"] == "mha_narrow_heads"
+        assert report["accuracy"]["relative_error"] <= 1e-5
+        assert report["accuracy"]["relative_error_to_h_heads"] > 0.01
+        assert report["wandb"] is None
+    assert " ".join(process.read()[0].split()).count("different function") == 2
 
 
 def test_a_killed_rank_ends_the_command_and_keeps_what_was_logged(tmp_path: Path) -> None:
