@@ -21,6 +21,7 @@ from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernel
 HERE = Path(__file__).resolve().parent
 LIMIT_S = 180  # of a notebook, which takes 5 to 20 s on two cores
 _RANDOM_ID = re.compile(r"\b[0-9a-f]{32}\b")
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+>")
 
 
 def execute(path: Path, to: Path) -> str | None:
@@ -37,6 +38,9 @@ def execute(path: Path, to: Path) -> str | None:
         timeout_func=lambda cell: max(1.0, deadline - time.monotonic()),
         kernel_name="python3",
         record_timing=False,
+        extra_arguments=[
+            "--log-level=ERROR"
+        ],  # of every kernel on this machine it would warn that TCP is not encrypted
         resources=here,
     )
     fault = None
@@ -59,14 +63,14 @@ def warned(notebook: nbformat.NotebookNode) -> str | None:
 
 
 def settle(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """Take out what differs from one execution to the next: widgets get numbers for ids; versions and times go."""
+    """Take out what differs from one execution to the next: widgets get numbers for ids; addresses and times go."""
     notebook.metadata.pop("papermill", None)
     notebook.metadata["language_info"] = {"name": "python"}
     notebook.metadata["kernelspec"] = {"display_name": "Python 3", "language": "python", "name": "python3"}
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.metadata.pop("execution", None)
-    text = nbformat.writes(notebook)
+    text = _ADDRESS.sub(">", nbformat.writes(notebook))
     ids = list(dict.fromkeys(_RANDOM_ID.findall(text)))
     numbers = {random: f"{number:032x}" for number, random in enumerate(ids, 1)}
     return nbformat.reads(_RANDOM_ID.sub(lambda found: numbers[found[0]], text), as_version=4)

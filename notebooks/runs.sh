@@ -34,11 +34,6 @@ infer() { run "$1" python infer.py "${@:2}" hydra.run.dir="$folder/$1"; }
 train() { run "$1" python train.py "${@:2}" hydra.run.dir="$folder/$1"; }
 sweep() { run "$2" python "$1.py" -m "${@:3}" hydra.sweep.dir="$folder/$2"; }
 
-# 02: every schedule against the papers' formula as the sequence grows, a short experiment=long_context
-sweep infer 02 parallel=helix_4x2 parallel.schedule=rows model=dense model.layers=1 workload.batch_size=4 \
-    workload.seq_len=64,128,256 workload.runs=3 \
-    'baseline=[helix_4x2_batch,helix_4x2_heads,helix_4x2_gather,helix_4x2_score,helix_4x2_perslice]'
-
 # 03: the papers' grid and baseline, 16 ranks, and plain replicas beside them
 infer 03/dense parallel=helix_4x4 model=dense model.layers=2 'baseline=[tp8_pp2,dp16]'
 infer 03/moe parallel=helix_4x4 model=moe model.layers=2 'baseline=[tp8_pp2]'
@@ -61,4 +56,4 @@ train 07/perslice parallel=helix_2x2 parallel.schedule=perslice "${short[@]}"
 # Kept: reports, tables, the W&B runs. Pictures are the notebooks' own, and the rest repeats what these hold.
 find "$folder" -type f ! -name '*report.json' ! -name '*.csv' ! -name '*.wandb' ! -name commands.tsv -delete
 find "$folder" -type d -empty -delete
-python notebooks/provenance.py "$folder"
+PYTHONPATH=. python notebooks/provenance.py "$folder"
