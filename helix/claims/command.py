@@ -16,7 +16,13 @@ _VERDICTS = ("reproduced", "not-reproduced", "inconsistent", "not-testable")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--ledger", type=Path, default=LEDGER, metavar="PATH", help=f"another ledger than {LEDGER}")
+    parser.add_argument(
+        "--ledger",
+        type=Path,
+        default=LEDGER,
+        metavar="PATH",
+        help=f"another ledger than {LEDGER}; it names files from the folder above its own",
+    )
     parser.add_argument("--verdict", choices=_VERDICTS, help="claims of one verdict")
     parser.add_argument("--paper", metavar="ID", help="claims of one paper: full, concise or keypoints")
     told = parser.add_mutually_exclusive_group()

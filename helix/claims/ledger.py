@@ -14,8 +14,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import yaml  # type: ignore[import-untyped]
-
+from helix.claims import strict_yaml
 from helix.config.schema import ConfigError
 
 DEFAULT = Path("paper/claims.yaml")
@@ -142,18 +141,14 @@ def read(path: Path | str = DEFAULT) -> Ledger:
     """Read a ledger.
 
     Raises:
-        ConfigError: if the file is missing or no YAML.
+        ConfigError: if the file is missing, no YAML, or has a key twice.
         LedgerError: if a claim breaks the form, with every fault.
     """
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"there is no ledger {path}; run this in the repository, or give --ledger PATH")
-    try:
-        content = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is no YAML: {error}") from error
     faults: list[str] = []
-    ledger = _Reader(faults).ledger(path, content)
+    ledger = _Reader(faults).ledger(path, strict_yaml.load(path))
     if faults:
         raise LedgerError(faults)
     return ledger

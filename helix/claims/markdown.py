@@ -78,7 +78,7 @@ def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
 
 def _plain(text: str) -> str:
     """Text that no Markdown reads as its own signs."""
-    for sign in "|*_<":
+    for sign in "|*_<~":
         text = text.replace(sign, f"\\{sign}")
     return text
 

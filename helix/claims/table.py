@@ -65,8 +65,9 @@ def rows(ledger: Ledger, verdict: str | None = None, paper: str | None = None) -
 
 
 def telling(ledger: Ledger) -> list[Row]:
-    """The claims that say most."""
-    return [row(ledger, claim) for claim in ledger.claims if claim.telling]
+    """The claims that say most, by verdict."""
+    found = [row(ledger, claim) for claim in ledger.claims if claim.telling]
+    return sorted(found, key=lambda one: VERDICTS.index(one.verdict))
 
 
 def hardest(ledger: Ledger) -> list[Row]:
