@@ -204,7 +204,7 @@ def test_the_picture_of_a_sweep(tmp_path: Path) -> None:
 def test_settings_that_compute_the_same_are_drawn_by_their_distance(tmp_path: Path) -> None:
     keys = {"parallel": ("single", "helix_2x2")}
     chart = draw_settings(settings_of(a_sweep(tmp_path, keys, {("single",): 3.0, ("helix_2x2",): 3.0 + 1e-5})))
-    assert _words(chart)[2].endswith("largest distance so far\nto that of single, nats a token")
+    assert _words(chart)[2].endswith("largest distance so far to that of single, nats a token")
     (line,) = chart.axes[2].lines
     assert np.asarray(line.get_ydata()) == pytest.approx(np.full(6, 1e-5 * math.log(2)))
     assert chart.axes[2].get_yscale() == "log"
@@ -216,7 +216,7 @@ def test_the_picture_of_a_run_shows_what_was_recorded(tmp_path: Path) -> None:
     assert _words(draw_run(plain(free))) == ["Loss, bits per byte", "Learning rate"]
     scaled = a_report(configured("precision=16-mixed"), losses, 3.0, skipped=[3, 9])
     chart = draw_run(plain(scaled))
-    assert _words(chart)[2:] == ["Gradient norm; clipped above 1 (dashed)", "Loss scale; skipped steps: 2 (crosses)"]
+    assert _words(chart)[2:] == ["Gradient norm\nclipped above 1 (dashed)", "Loss scale\nskipped steps: 2 (crosses)"]
     smooth = chart.axes[0].lines[1]
     assert smooth.get_label() == "training (mean of 2 steps)"
     assert smooth.get_xdata()[0] == 2

@@ -13,7 +13,6 @@ from helix.calibration.cases import cases
 from helix.calibration.outcomes import Outcome, Validation
 from helix.calibration.validate import validate
 from helix.calibration.validate_command import write_error
-from helix.calibration.validate_plot import chart
 from helix.calibration.validate_table import render
 from helix.config.hardware import (
     HardwareConfig,
@@ -23,6 +22,7 @@ from helix.config.hardware import (
     MeasuredTurns,
 )
 from helix.config.schema import ConfigError
+from helix.figures.predictions import predictions
 from helix.planner import catalogue
 from helix.planner.curves import Curve, exchanges
 from helix.planner.estimate import Estimator
@@ -155,7 +155,7 @@ def test_outcomes_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     assert "helix_2x1_rows" in shown
     assert "1 of 2 cases" in " ".join(shown.split())
-    assert [axes.get_xscale() for axes in chart(FOUND).axes] == ["log"]
+    assert [axes.get_xscale() for axes in predictions(FOUND.as_dict()).axes] == ["log"]
 
 
 def test_the_error_is_written_among_other_lines(tmp_path: Path) -> None:

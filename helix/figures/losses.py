@@ -17,13 +17,16 @@ if TYPE_CHECKING:
 
 
 @rc_context(STYLE)
-def curves(frame: pd.DataFrame, *, smooth: int = 1, unit: str = "nats per token", about: str = "") -> Figure:
+def curves(
+    frame: pd.DataFrame, *, smooth: int = 1, unit: str = "nats per token", wide: float = TEXT, about: str = ""
+) -> Figure:
     """Training losses of several settings over their steps; below, each setting's difference to the first one.
 
     Args:
         frame: columns `setting`, `seed`, `step` and `loss`. Differences are taken at equal seeds and steps.
         smooth: steps over which a loss is averaged, up to the step it is drawn at.
         unit: of the loss.
+        wide: inches.
 
     Raises:
         ValueError: if smooth is below 1 or above the number of steps.
@@ -38,7 +41,7 @@ def curves(frame: pd.DataFrame, *, smooth: int = 1, unit: str = "nats per token"
         raise ValueError(f"smooth must be 1 to {most} steps, not {smooth}")
     smoothed = {name: table.rolling(smooth).mean().dropna(how="all") for name, table in tables.items()}
     first, *others = smoothed
-    chart = picture(TEXT, 3.6 if others else 2.4)
+    chart = picture(wide, 3.6 if others else 2.4)
     if others:
         above, below = chart.subplots(2, 1, sharex=True, height_ratios=(1.8, 1))
     else:
@@ -54,11 +57,11 @@ def curves(frame: pd.DataFrame, *, smooth: int = 1, unit: str = "nats per token"
         below.set_ylabel(unit)
         below.set_title(f"Difference to {first}, at equal seeds")
     below.set_xlabel("optimizer step")
-    below.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    below.xaxis.set_major_locator(MaxNLocator(8 if wide > 5 else 4, integer=True))
     for axes in dict.fromkeys((above, below)):
         axes.grid()
         axes.margins(x=0.01)
-    legend(chart, above.get_legend_handles_labels()[0], 4)
+    legend(chart, above.get_legend_handles_labels()[0], 4 if wide > 5 else 2)
     caption(chart, about)
     return chart
 

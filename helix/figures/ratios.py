@@ -20,16 +20,19 @@ _ROW = 0.19  # inches
 
 
 @rc_context(STYLE)
-def forest(frame: pd.DataFrame, *, x_label: str = "times as fast", title: str = "", about: str = "") -> Figure:
+def forest(
+    frame: pd.DataFrame, *, x_label: str = "times as fast", title: str = "", wide: float = TEXT, about: str = ""
+) -> Figure:
     """Each row a ratio with its 95 % interval on a logarithmic axis, its figures at the right, under its group's name.
 
     Args:
         frame: columns `label`, `ratio`, `low`, `high`; perhaps `group`, and `kind` (measured or modelled; measured
             where there is none). A ratio that is NaN did not run, and an interval that is was not made.
+        wide: inches.
     """
     require(frame, "label", "ratio", "low", "high")
     rows = list(_rows(frame))
-    chart = picture(TEXT, 0.75 + _ROW * len(rows) + (0.2 if title else 0))
+    chart = picture(wide, 0.75 + _ROW * len(rows) + (0.2 if title else 0))
     axes = chart.subplots()
     for place, row in enumerate(rows):
         if isinstance(row, str):
@@ -44,8 +47,9 @@ def forest(frame: pd.DataFrame, *, x_label: str = "times as fast", title: str = 
     axes.set_yticks([place for place, _ in shown], [label for _, label in shown])
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0)
-    _axis(axes, frame)
-    axes.set_xlabel(f"{x_label} (95 % interval; filled where it is without 1)", loc="right")
+    _axis(axes, frame, 8 if wide > 5 else 4)
+    meaning = " (95 % interval; filled where it is without 1)" if wide > 5 else "\n95 % interval, filled: without 1"
+    axes.set_xlabel(f"{x_label}{meaning}", loc="right")
     axes.set_title(title)
     kinds = [kind for kind in KINDS if kind in set(frame["kind"])] if "kind" in frame else []
     if len(kinds) > 1:
@@ -62,15 +66,17 @@ def ratios(frame: pd.DataFrame, about: str = "") -> Figure:
         frame: a sweep's baselines.csv; a row without a ratio did not run, and says so.
     """
     require(frame, "label", "baseline", "ratio", "ratio_low", "ratio_high")
-    several = frame["label"].nunique() > 1
+    grouped = 1 < frame["label"].nunique() < len(frame)
     rows = frame.rename(columns={"ratio_low": "low", "ratio_high": "high"})[["ratio", "low", "high"]].assign(
-        group=frame["label"] if several else "", label=[f"/ {name}" for name in frame["baseline"]]
+        group=frame["label"] if grouped else "",
+        label=[
+            f"{'' if grouped else own} / {name}" for own, name in zip(frame["label"], frame["baseline"], strict=True)
+        ],
     )
-    only = "" if several else f"{frame['label'].iloc[0]}: "
     return forest(
         rows,
         x_label="times as fast as the baseline",
-        title=f"{only}main method / baseline, taking turns in one launch",
+        title="Main method / baseline, taking turns in one launch",
         about=about,
     )
 
@@ -103,8 +109,8 @@ def _draw(axes: Axes, place: int, row: dict[str, Any]) -> None:
     )  # fmt: skip
 
 
-def _axis(axes: Axes, frame: pd.DataFrame) -> None:
+def _axis(axes: Axes, frame: pd.DataFrame, most: int) -> None:
     """All intervals, and 1."""
     found = frame[["ratio", "low", "high"]].astype(float).stack().dropna()
     low, high = (min(0.9, found.min() * 0.93), max(1.1, found.max() * 1.07)) if len(found) else (0.5, 2.0)
-    log_ticks(axes, low, high, lambda value: f"{value:.2g}")
+    log_ticks(axes, low, high, lambda value: f"{value:.2g}", most)

@@ -182,14 +182,14 @@ def require(frame: pd.DataFrame, *columns: str) -> None:
         raise ValueError(f"this figure needs at least one row of {', '.join(columns)}, and the frame has none")
 
 
-def log_ticks(axes: Axes, low: float, high: float, text: Callable[[float], str]) -> None:
-    """Make x logarithmic from low to high, with the densest round ticks of which there are at most eight."""
+def log_ticks(axes: Axes, low: float, high: float, text: Callable[[float], str], most: int = 8) -> None:
+    """Make x logarithmic from low to high, with the densest round ticks of which there are at most so many."""
     axes.set_xscale("log")
     axes.set_xlim(low, high)
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for steps in _STEPS:
         ticks = [step * 10.0**power for power in powers for step in steps if low <= step * 10.0**power <= high]
-        if len(ticks) <= 8:
+        if len(ticks) <= most:
             break
     axes.xaxis.set_major_locator(FixedLocator(ticks))
     axes.xaxis.set_minor_locator(NullLocator())

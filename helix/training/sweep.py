@@ -35,7 +35,7 @@ def collect(folder: Path, jobs: Sequence[SweepJob], console: Console | None = No
         folder: the sweep's.
         jobs: all of them, in the order in which they ran.
     """
-    from helix.study.plots import save
+    from helix.figures.style import save
     from helix.training.plots import draw_settings
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,339 @@
+"""Every figure drawn once from small data: what is on it, that its words fit beside each other, its greys."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.text import Text
+
+from helix.figures import training
+from helix.figures.claims import claimed_and_found
+from helix.figures.errors import error_of
+from helix.figures.exchange import MOVES, exchange, held
+from helix.figures.growth import growth
+from helix.figures.losses import curves
+from helix.figures.maps import winning_map
+from helix.figures.ownership import ownership
+from helix.figures.predictions import predictions
+from helix.figures.ratios import forest, ratios
+from helix.figures.search import search_growth
+from helix.figures.settings import Drawn, Seeds, settings
+from helix.figures.style import COLUMN, SCHEDULES, SMALL, look, luminance, picture, save, shade
+from helix.figures.sweep import bars, heat_map
+from helix.figures.traffic import bytes_of
+from helix.partition.grid import Grid, PartitionError
+
+ERRORS = pd.DataFrame(
+    {"schedule": schedule, "reference": reference, "precision": precision, "error": error}
+    for schedule, precision, reference, error in (
+        ("batch", "fp32", "h heads", 2e-7), ("batch", "fp32", "h*m narrow heads", 0.8),
+        ("perslice", "fp32", "h heads", 0.8), ("perslice", "fp32", "h*m narrow heads", 0.0),
+        ("batch", "fp64", "h heads", 4e-16), ("perslice", "fp64", "h heads", 0.8),
+    )
+)  # fmt: skip
+EXECUTED = {
+    "all_gather/attention.enter": 3_000_000,
+    "all_gather/mlp.enter": 1_000_000,
+    "all_to_all/attention.qkv": 500_000,
+}
+TRAFFIC: dict[str, Any] = {
+    "helix_4x4": {"executed": EXECUTED, "predicted": EXECUTED},
+    "tp16": {"executed": {"all_reduce/mlp": 3_000_000}, "predicted": {"all_reduce/mlp": 2_000_000}},
+    "dp16": {"executed": {}, "predicted": {}},
+}
+RATIOS = pd.DataFrame(
+    {
+        "label": ["4x4 / tp16", "2x8 / tp16", "4x4 / cp16"],
+        "ratio": [2.0, 0.97, math.nan],
+        "low": [1.8, 0.9, math.nan],
+        "high": [2.2, 1.05, math.nan],
+        "group": ["dense", "dense", "moe"],
+        "kind": ["measured", "modelled", "measured"],
+    }
+)
+CLAIMS = pd.DataFrame(
+    {
+        "claim": ["4x4, 16 layers", "4x4 in training", "error against FP32"],
+        "unit": ["tokens/s", "tokens/s", "relative error"],
+        "claimed": [1.58e6, 1e6, 1e-3],
+        "claimed_low": [math.nan, 0.85e6, math.nan],
+        "claimed_high": [math.nan, 1.15e6, math.nan],
+        "found": [4.2e5, 3.1e5, 0.78],
+        "low": [3.2e5, math.nan, 0.7],
+        "high": [5.4e5, math.nan, 0.9],
+        "kind": ["modelled", "modelled", "measured"],
+    }
+)
+LOSSES = pd.DataFrame(
+    {"setting": setting, "seed": seed, "step": step, "loss": 5 / step + 2 + 0.1 * place + 0.01 * seed}
+    for place, setting in enumerate(("helix_2x2", "helix_2x2_perslice"))
+    for seed in range(3)
+    for step in range(1, 21)
+)
+SWEEP = pd.DataFrame(
+    {
+        "label": [f"helix_{m}x{n}" for m in (1, 2, 4) for n in (1, 2, 4)],
+        "m": [m for m in (1, 2, 4) for _ in range(3)],
+        "n": [1, 2, 4] * 3,
+        "status": ["done"] * 7 + ["failed", "skipped"],
+        "tokens_per_s": [1000.0 * place for place in range(1, 8)] + [math.nan] * 2,
+        "tokens_per_s_low": [900.0 * place for place in range(1, 8)] + [math.nan] * 2,
+        "tokens_per_s_high": [1100.0 * place for place in range(1, 8)] + [math.nan] * 2,
+    }
+)
+POINTS = pd.DataFrame(
+    {
+        "schedule": schedule, "x": x, "bytes": 1000 * x * (schedule != "perslice"), "step_ms": 0.1 * x,
+        "low": 0.09 * x, "high": 0.12 * x, "error": 0.8 if schedule == "perslice" else 2e-7,
+    }
+    for schedule in SCHEDULES
+    for x in (64, 128, 256, 512, 1024)
+)  # fmt: skip
+BASELINES = pd.DataFrame(
+    {"label": label, "baseline": baseline, "ratio": 1.5, "ratio_low": 1.2, "ratio_high": 1.9}
+    for label in ("helix_2x2 seq_len=64", "helix_2x2 seq_len=128")
+    for baseline in ("tp4", "helix_2x2_perslice")
+)
+CELLS = [
+    {"x": x, "y": y, "legal": (x, y) != ("1", "1/4"), "sliced": sliced, "rival": rival, "ratio": ratio}
+    for (x, y), (sliced, rival, ratio) in zip(
+        itertools.product("1248", ("1/4", "262144")),
+        (
+            (None, None, None), ("a", "b", 1.3), ("a", "b", 0.4), ("a", None, None), (None, "b", None),
+            (None, None, None), ("a", "b", 1.0), ("a", "b", 2.4),
+        ),
+        strict=True,
+    )
+]  # fmt: skip
+PANEL = {
+    "goal": "tpot", "x": "devices / key/value heads", "y": "length", "cells": CELLS,
+    "rivals": ["data", "tensor", "m = 1"],
+    "fixed": "64 devices, batch 64, heads x features kept",
+}  # fmt: skip
+SEARCHES = {
+    "model": "llama3_70b", "hardware": "dgx_h100", "batch": 1024, "length": 4096,
+    "limits_s": {"1024": 1.0, "16384": 10.0},
+    "searches": [
+        {"mode": mode, "devices": devices, "layouts": devices, "processor_s": {"runs": [0.1, 0.2, 0.3], "median": 0.2}}
+        for mode in ("forward", "train", "generate")
+        for devices in (8, 64, 1024, 16384)
+    ],
+}  # fmt: skip
+VALIDATED = {
+    "hardware": "cpu", "kendall_tau": 0.8, "median_error": 0.17,
+    "outcomes": [
+        {"ranks": ranks, "predicted_ms": 10.0 * ranks, "measured_ms": 12.0 * ranks} for ranks in (2, 4, 8, 16)
+    ],
+}  # fmt: skip
+TRAINED = {
+    "method": {"name": "helix_2x2", "schedule": {"prefill": "heads"}}, "seed": 0, "unigram_entropy_bpb": 4.75,
+    "losses": [4 - step / 50 for step in range(100)], "learning_rates": [1e-3] * 100, "gradient_norms": [1.5] * 100,
+    "loss_scales": [2.0**16] * 100, "skipped_steps": [3, 9], "trainer": {"gradient_clip_val": 1.0},
+    "validations": [{"step": 50, "bpb": 4.0}, {"step": 100, "bpb": 3.5}],
+}  # fmt: skip
+STEPS = np.arange(1.0, 11.0)
+SEEDS = Seeds(STEPS, np.stack([5 - STEPS / 9, 5 - STEPS / 8]), 5 - STEPS / 8.5, 4.8 - STEPS / 8.5, 5.2 - STEPS / 8.5)
+SETTINGS = [Drawn("helix_2x2", 0, 0, SEEDS, SEEDS), Drawn("helix_2x2_perslice", 1, 0, SEEDS, SEEDS, SEEDS)]
+
+FIGURES: dict[str, Callable[[], Figure]] = {
+    "ownership_2x2": lambda: ownership(Grid(2, 2), 4, 2, 8),
+    "ownership_4x3": lambda: ownership(Grid(4, 3), 9, 3, 64, rope=True),
+    "ownership_4x4": lambda: ownership(Grid(4, 4), 16, 4, 64),
+    "ownership_8x8": lambda: ownership(Grid(8, 8), 32, 8, 128),
+    "exchange_2": exchange,
+    "exchange_4": lambda: exchange(4, ("rows", "gather")),
+    "errors": lambda: error_of(ERRORS, {"fp32": 1e-5, "fp64": 1e-12}, about="two cores"),
+    "bytes": lambda: bytes_of(TRAFFIC, about="two cores"),
+    "forest": lambda: forest(RATIOS, title="Main method / baseline"),
+    "ratios": lambda: ratios(BASELINES, "two cores"),
+    "claims": lambda: claimed_and_found(CLAIMS),
+    "losses": lambda: curves(LOSSES, smooth=3),
+    "losses_in_a_column": lambda: curves(LOSSES, smooth=3, wide=COLUMN),
+    "forest_in_a_column": lambda: forest(RATIOS, wide=COLUMN),
+    "heat_map": lambda: heat_map(SWEEP, "data=2", "two cores"),
+    "bars": lambda: bars(SWEEP, "two cores"),
+    "growth": lambda: growth(POINTS, POINTS, "L, tokens of one sequence", "two cores"),
+    "map": lambda: winning_map([PANEL] * 3, "llama3_70b on dgx_h100"),
+    "search": lambda: search_growth(SEARCHES),
+    "predictions": lambda: predictions(VALIDATED),
+    "run": lambda: training.run(TRAINED, "two cores"),
+    "settings": lambda: settings(SETTINGS, "Validation above helix_2x2's, bits per byte", False, 3, "two cores"),
+}
+
+
+def words(chart: Figure) -> list[Text]:
+    """All that is written, but for ticks that lie off their axis and axes that are switched off."""
+    hidden: set[int] = set()
+    for axes in (one for one in chart.findobj(Axes) if isinstance(one, Axes)):
+        for axis, limits in ((axes.xaxis, sorted(axes.get_xlim())), (axes.yaxis, sorted(axes.get_ylim()))):
+            if not axes.axison:
+                hidden |= {id(one) for one in axis.findobj(Text)}
+            for tick in (*axis.get_major_ticks(), *axis.get_minor_ticks()):
+                if not limits[0] <= tick.get_loc() <= limits[1]:
+                    hidden |= {id(tick.label1), id(tick.label2)}
+    found = [one for one in chart.findobj(Text) if isinstance(one, Text) and id(one) not in hidden]
+    return [one for one in found if one.get_visible() and one.get_text().strip()]
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_words_fit_and_do_not_cover_each_other(name: str) -> None:
+    chart = FIGURES[name]()
+    FigureCanvasAgg(chart).draw()
+    shown = words(chart)
+    assert shown
+    assert chart.get_figwidth() <= 6.5
+    small = {
+        one.get_text(): one.get_fontsize() for one in shown if one.get_fontsize() < SMALL and "$" not in one.get_text()
+    }
+    assert small == {}
+    boxes = [(one.get_text(), one.get_window_extent()) for one in shown]
+    canvas = chart.bbox
+    outside = [
+        said for said, box in boxes
+        if box.x0 < canvas.x0 - 1 or box.x1 > canvas.x1 + 1 or box.y0 < canvas.y0 - 1 or box.y1 > canvas.y1 + 1
+    ]  # fmt: skip
+    assert outside == []
+    one_px = [(said, box.padded(-1)) for said, box in boxes]
+    covered = [(a, b) for (a, first), (b, other) in itertools.combinations(one_px, 2) if first.overlaps(other)]
+    assert covered == []
+    for legend in chart.legends:
+        box = legend.get_window_extent()
+        assert not any(box.overlaps(axes.get_window_extent()) for axes in chart.axes)
+
+
+def test_looks_differ_in_grey() -> None:
+    """Two series by their dash and their marker; two areas by their shade."""
+    for first, other in itertools.combinations([look(place) for place in range(6)], 2):
+        assert first["linestyle"] != other["linestyle"]
+        assert first["marker"] != other["marker"]
+        assert first["color"] != other["color"]
+    for first, other in itertools.combinations(SCHEDULES.values(), 2):
+        assert first["marker"] != other["marker"]
+        assert first["linestyle"] != other["linestyle"]
+    for neighbour in range(3):
+        assert abs(luminance(look(neighbour)["color"]) - luminance(look(neighbour + 1)["color"])) > 0.25
+    for count in range(2, 9):
+        greys = [luminance(shade(place, count)) for place in range(count)]
+        assert all(after - before > 0.55 / count for before, after in itertools.pairwise(greys))
+
+
+@pytest.mark.parametrize("ending", [".png", ".svg", ".pdf"])
+def test_a_file_is_the_same_every_time(ending: str, tmp_path: Path) -> None:
+    first, again = (save(forest(RATIOS), tmp_path / f"{name}{ending}").read_bytes() for name in "ab")
+    assert first == again
+    assert len(first) > 5_000
+    assert first.startswith({".png": b"\x89PNG", ".svg": b"<?xml", ".pdf": b"%PDF"}[ending])
+
+
+def test_a_notebook_shows_a_figure() -> None:
+    assert picture(1, 1)._repr_png_().startswith(b"\x89PNG")
+
+
+def test_every_block_has_its_owner() -> None:
+    chart = ownership(Grid(2, 2), 4, 2, 8)
+    for axes, heads in zip(chart.axes[:2], (4, 2), strict=True):
+        assert [one.get_text() for one in axes.texts] == ["(0, 0)", "(0, 1)", "(1, 0)", "(1, 1)"]
+        filled = [one for one in axes.patches if isinstance(one, Rectangle) and one.get_fill()]
+        area = sum(one.get_width() * one.get_height() for one in filled if one.get_facecolor()[3])
+        assert area == heads * 8  # each head and feature once
+        assert len({(one.get_facecolor(), one.get_hatch()) for one in filled if one.get_facecolor()[3]}) == 4
+    assert [one.get_text() for one in chart.axes[2].texts] == ["rank 0", "rank 1", "rank 2", "rank 3"]
+    with pytest.raises(PartitionError, match="n=3 does not divide kv_heads=2"):
+        ownership(Grid(2, 3), 4, 2, 8)
+
+
+@pytest.mark.parametrize("m", [2, 3, 4])
+@pytest.mark.parametrize("schedule", MOVES)
+def test_what_ranks_hold_is_enough_and_no_more(schedule: str, m: int) -> None:
+    """Each rank can compute its output from what it holds, and all outputs together are whole."""
+    everything = {(thing, part) for thing in range(2 * m) for part in range(m)}
+    blocks = {tensor: [held(schedule, tensor, rank, m) for rank in range(m)] for tensor in "QKVO"}
+    assert set().union(*blocks["O"]) == everything
+    assert sum(map(len, blocks["O"])) == len(everything)  # nobody computes another's
+    for query, key, value, out in zip(*blocks.values(), strict=True):
+        assert {thing for thing, _ in out} == {thing for thing, _ in query}
+        assert out <= query
+        assert {part for _, part in out} == {part for _, part in value}
+        exact = {part for _, part in query} == {part for _, part in key} == set(range(m))
+        assert exact == (schedule != "perslice")
+
+
+def test_what_cannot_be_drawn_is_refused() -> None:
+    with pytest.raises(ValueError, match="an exchange is drawn for m of 2 to 4, not 5"):
+        exchange(5)
+    with pytest.raises(ValueError, match="no picture of schedule 'score'; choose from: batch, heads"):
+        exchange(2, ("score",))
+    with pytest.raises(ValueError, match="the frame lacks ratio"):
+        forest(RATIOS.drop(columns="ratio"))
+    with pytest.raises(ValueError, match="the frame has none"):
+        forest(RATIOS.head(0))
+    with pytest.raises(ValueError, match="at least one method"):
+        bytes_of({})
+    with pytest.raises(ValueError, match="smooth must be 1 to 20 steps, not 21"):
+        curves(LOSSES, smooth=21)
+
+
+def said(chart: Figure) -> list[str]:
+    return [one.get_text() for axes in chart.axes for one in axes.texts]
+
+
+def test_ratios_have_their_figures_beside_them() -> None:
+    chart = forest(RATIOS)
+    assert said(chart) == ["dense", "2.00 (1.80 .. 2.20)", "0.97 (0.90 .. 1.05)", "moe", "did not run"]
+    points = [line for line in chart.axes[0].lines if line.get_marker() in ("o", "D")]
+    assert [(one.get_marker(), one.get_markerfacecolor()) for one in points] == [("o", "black"), ("D", "white")]
+    assert chart.axes[0].get_xscale() == "log"
+    alone = ratios(BASELINES.drop_duplicates("label"))
+    assert alone.axes[0].get_yticklabels()[0].get_text() == "helix_2x2 seq_len=64 / tp4"
+
+
+def test_bytes_are_stacked_by_collective_and_compared() -> None:
+    chart = bytes_of(TRAFFIC)
+    assert said(chart) == ["4.5 MB, as predicted", "3 MB, predicted: 2 MB", "0 B, as predicted"]
+    widths = [one.get_width() for one in chart.axes[0].patches if one.get_width()]
+    assert widths == [4e6, 5e5, 4e6, 5e5, 3e6, 2e6]
+    names = [one.get_text() for one in chart.legends[0].get_texts()]
+    assert names == ["all-gather", "all-reduce", "all-to-all", "counted (upper)", "predicted (lower)"]
+
+
+def test_errors_of_nothing_are_at_the_left_end() -> None:
+    single, double = error_of(ERRORS, {"fp32": 1e-5, "fp64": 1e-12}).axes
+    assert (single.get_title(), double.get_title()) == ("", "")
+    assert single.get_title(loc="left") == "fp32; dashed: 1e-05"
+    at = [float(line.get_xdata()[0]) for line in single.lines if line.get_marker() != "None"]
+    assert at[3] == pytest.approx(single.get_xlim()[0])
+    assert at[:3] == [2e-7, 0.8, 0.8]
+    assert single.get_xticklabels()[0].get_text() == "0"
+
+
+def test_claims_are_beside_what_was_found() -> None:
+    chart = claimed_and_found(CLAIMS)
+    assert [axes.get_xlabel() for axes in chart.axes] == ["tokens/s", "relative error"]
+    assert said(chart)[0] == "1,580,000 claimed, 420,000 found"
+    assert [one.get_text() for one in chart.legends[0].get_texts()] == ["claimed", "measured here", "modelled here"]
+
+
+def test_differences_are_of_pairs() -> None:
+    above, below = curves(LOSSES).axes
+    assert len(above.lines) == 2 * (3 + 1)
+    assert np.asarray(below.lines[0].get_ydata()) == pytest.approx(np.full(20, 0.1))
+    assert below.get_title(loc="left") == "Difference to helix_2x2, at equal seeds"
+    assert len(curves(LOSSES[LOSSES["setting"] == "helix_2x2"]).axes) == 1
+
+
+def test_a_map_says_what_each_place_is() -> None:
+    chart = winning_map([PANEL])
+    assert [one.get_text() for one in chart.axes[0].texts] == ["1.30", "0.40", "only", "-", "1.00", "2.40"]
+    assert [one.get_weight() for one in chart.axes[0].texts[:2]] == ["bold", "normal"]
+    assert not chart.axes[1].axison
