@@ -54,6 +54,6 @@ sweep train 07/exact parallel=single,helix_2x2,helix_4x1 "${short[@]}"
 train 07/perslice parallel=helix_2x2 parallel.schedule=perslice "${short[@]}"
 
 # Kept: reports, tables, the W&B runs. Pictures are the notebooks' own, and the rest repeats what these hold.
-find "$folder" -type f ! -name '*report.json' ! -name '*.csv' ! -name '*.wandb' ! -name commands.tsv -delete
+find "$folder" ! -type d ! -name '*report.json' ! -name '*.csv' ! -name '*.wandb' ! -name commands.tsv -delete
 find "$folder" -type d -empty -delete
 PYTHONPATH=. python notebooks/provenance.py "$folder"
