@@ -111,8 +111,10 @@ class TestRuns:
             assert any(folder.startswith(run["folder"]) for run in told["runs"])
         assert all(any(folder.startswith(run["folder"]) for folder in folders) for run in told["runs"])
 
-    def test_they_are_small(self) -> None:
-        assert sum(path.stat().st_size for path in (FOLDER / "data").rglob("*") if path.is_file()) < 2e6
+    def test_they_are_small_and_lead_nowhere_else(self) -> None:
+        files = [path for path in (FOLDER / "data").rglob("*") if not path.is_dir()]
+        assert sum(path.stat().st_size for path in files) < 2e6
+        assert not [path for path in files if path.is_symlink()]  # as W&B makes into its cache
 
     def test_a_folder_of_older_runs_is_refused(self, tmp_path: Path) -> None:
         (tmp_path / "older").touch()
