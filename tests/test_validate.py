@@ -92,6 +92,15 @@ def test_tensor_parallelism_on_cores_pays_for_its_dispatch() -> None:
         assert seconds[1].dispatch == pytest.approx(times * shape.layers * 5e-3 * turns)
 
 
+def test_a_stage_that_waits_leaves_its_turns_to_the_others() -> None:
+    shape, work = catalogue.shape(catalogue.model("dense"), "forward"), Work("forward", 16, 32, precision="32-true")
+    layout = Layout("tensor", n=4, stage=2, microbatches=4)
+    for hardware, part in ((CPU, 0.0), (replace(CPU, ranks_take_turns=False, devices_per_host=8), 1 / 5)):
+        seconds = Estimator(shape, machine_of(hardware, "32-true", 8), work).estimate(layout).seconds
+        assert seconds.waiting / (seconds.matmul + seconds.attention + seconds.memory + seconds.waiting) >= part * 0.9
+        assert (seconds.waiting == 0) == (part == 0)
+
+
 def test_measured_shares_go_before_the_stated_ones() -> None:
     hardware = replace(
         catalogue.hardware("h200"),

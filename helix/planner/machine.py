@@ -116,6 +116,10 @@ class Machine:
     def _operation(self, computing_s: float, nbytes: float) -> float:
         return (max(computing_s, nbytes / self.memory_bytes_per_s) + self.kernel_s) * self.turns
 
+    def slot(self, part: float) -> float:
+        """Part of the time of work with all ranks busy that it takes with a part of them: less, if they share cores."""
+        return max(part, 1 / self.turns)
+
     def spread(self, size: int, stride: int) -> int:
         """How many ranks of a group have each other in their island, where the fewest have: ranks r + stride * k.
 
