@@ -117,7 +117,7 @@ class Machine:
         return (max(computing_s, nbytes / self.memory_bytes_per_s) + self.kernel_s) * self.turns
 
     def slot(self, part: float) -> float:
-        """Part of the time of work with all ranks busy that it takes with a part of them: less, if they share cores."""
+        """Time of work with only a part of the ranks busy, over that with all: less than 1 where they share cores."""
         return max(part, 1 / self.turns)
 
     def spread(self, size: int, stride: int) -> int:
