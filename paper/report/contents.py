@@ -10,7 +10,7 @@ from typing import Any
 
 from helix.claims.ledger import ConfigError
 from helix.figures.style import save
-from paper.report import measured, modelled, prose, said, tables, words
+from paper.report import formulas, measured, modelled, prose, said, tables, words
 from paper.report.drawings import DRAWN, MADE_OF
 from paper.report.errors import ReportError
 from paper.report.sources import ROOT, Sources
@@ -33,6 +33,7 @@ class Contents:
         content: dict[str, Any] = {
             "numbers": self.numbers,
             "tables": self.tables,
+            "equations": formulas.equations(),
             "figures": sorted(DRAWN),
             "date": {"year": newest.year, "month": newest.month, "day": newest.day},
             "made": f"{newest.day} {newest:%B} {newest.year}",
@@ -71,6 +72,7 @@ def collect(sources: Sources | None = None) -> Contents:
             sources.used.add(_result(sources, name))
     numbers |= {
         "results.files": words.figure(len([path for path in sources.used if path.parent.name == "results"])),
+        "results.dirty": str(sources.count_dirty()),
         "results.days": words.listed(sources.days()),
     }
     prose.check_names(found, {"numbers": numbers, "tables": made, "figures": DRAWN})

@@ -10,7 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from helix.partition.cost import AttentionCost
+from helix.partition.decoding import GenerationCost
+from helix.partition.families import PretrainedShape
 from helix.partition.grid import Grid, HeadLayout
+from helix.partition.phases import Phases
 from helix.partition.schedules import EXACT, SCHEDULES
 from paper.report.errors import ReportError
 
@@ -82,6 +85,11 @@ ROWS = {
     ),
     "perslice": Row("nothing", "\u2013", Form("0", lambda x: 0), _SHARED),
 }
+# Of t = L new tokens of each of B samples, one layer, within the m-group.
+KVSEQ = Form(
+    "(m - 1) B t [(h_g + 2 k_g) d / m s + h_g (d / m + 1) s']",
+    lambda x: (x.m - 1) * x.N * ((x.h + 2 * x.k) * x.d / x.m * x.s + x.h * (x.d / x.m + 1) * max(x.s, 4)),
+)
 # Shares divide evenly in all of these: B, L / 2 and the group's heads by m.
 _TRIED = (Dims(2, 4, 2, 16, 2, 12, 4), Dims(4, 8, 4, 32, 8, 24, 2), Dims(4, 4, 4, 8, 4, 16, 8))
 
@@ -102,17 +110,29 @@ def rows() -> list[list[str]]:
     ]
 
 
+def equations() -> dict[str, str]:
+    """Formulas that stand in the text by themselves, each held against the library first.
+
+    Raises:
+        ReportError: if one differs.
+    """
+    for x in _TRIED:
+        shape = PretrainedShape("llama", 1, x.h * x.d, x.h, x.k, x.d, 1, 1, 1)
+        sent = GenerationCost(shape, Grid(x.m, 1), Phases("rows", "kvseq"), x.B, x.s).step_bytes(x.L)
+        _agree("kvseq's bytes", KVSEQ, x, sent["all_gather/attention.qkv"] + sent["all_to_all/attention.merge"])
+    return {"kvseq": KVSEQ.math}
+
+
 def check(name: str) -> None:
     for x in _TRIED:
         cost = AttentionCost(HeadLayout(x.h, x.k, x.d), Grid(x.m, 1), name, x.B, x.L, causal=True, itemsize=x.s)
-        for what, form, true in (
-            ("bytes", ROWS[name].bytes, sum(cost.bytes().values())),
-            ("FLOPs", ROWS[name].flops, cost.core_flops()),
-        ):
-            if abs(form.value(x) - true) > 1e-9 * max(1, true):
-                raise ReportError(
-                    f"the formula of {name}'s {what} gives {form.value(x):g} for {x}, the library {true}"
-                )
+        _agree(f"{name}'s bytes", ROWS[name].bytes, x, sum(cost.bytes().values()))
+        _agree(f"{name}'s FLOPs", ROWS[name].flops, x, cost.core_flops())
+
+
+def _agree(what: str, form: Form, x: Dims, true: int) -> None:
+    if abs(form.value(x) - true) > 1e-9 * max(1, true):
+        raise ReportError(f"the formula of {what} gives {form.value(x):g} for {x}, the library {true}")
 
 
 def _exact(name: str) -> str:

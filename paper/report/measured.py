@@ -28,6 +28,7 @@ def _parity(sources: Sources) -> Numbers:
     ranks = sorted({row["ranks"] for row in worst})
     return {
         "parity.cases": words.figure(found["cases"]),
+        "parity.exact_cases": words.figure(sum(row["cases"] for row in exact if row["dtype"] == "float64")),
         "parity.grids": words.figure(len(found["grids"])),
         "parity.least_ranks": str(ranks[0]),
         "parity.most_ranks": str(ranks[-1]),

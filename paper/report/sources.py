@@ -63,3 +63,9 @@ class Sources:
     def days(self) -> list[str]:
         """The dates of the results that were read, in order."""
         return sorted({path.stem.partition("_")[0] for path in self.used if path.parent.name == "results"})
+
+    def count_dirty(self) -> int:
+        """How many of the results that were read are of a commit with changes that it does not have."""
+        contents = [each for each in self._read.values() if isinstance(each, dict)]
+        commits = [each.get("git_commit") or each.get("about", {}).get("commit") or "" for each in contents]
+        return sum(commit.endswith("-dirty") for commit in commits)

@@ -218,5 +218,6 @@ def _telling(row: Row) -> list[str]:
 
 def _claim(row: Row) -> list[str]:
     where = f"{row.paper}: {row.section}"
-    shown = "; ".join(part for part in (row.arithmetic, *row.evidence) if part)
+    evidence = (part.removeprefix("paper/results/").removeprefix("tests/") for part in row.evidence)
+    shown = "; ".join(part for part in (row.arithmetic, *evidence) if part)
     return [where, _said(row), row.verdict, words.typeset(row.ours or row.why), words.breakable(words.typeset(shown))]
