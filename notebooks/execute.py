@@ -8,6 +8,7 @@ ids of widgets) is taken out, so that a stored notebook differs from its last ve
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import sys
@@ -20,7 +21,7 @@ from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernel
 
 HERE = Path(__file__).resolve().parent
 LIMIT_S = 180  # of a notebook, which takes 5 to 20 s on two cores
-_RANDOM_ID = re.compile(r"\b[0-9a-f]{32}\b")
+_RANDOM_ID = re.compile(r"(?<![0-9a-f])[0-9a-f]{32}(?![0-9a-f])")
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+>")
 
 
@@ -70,8 +71,9 @@ def settle(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.metadata.pop("execution", None)
+    # Numbered in the order in which they were made; `writes` would sort them, and so deal the numbers at random.
+    ids = list(dict.fromkeys(_RANDOM_ID.findall(json.dumps(notebook))))
     text = _ADDRESS.sub(">", nbformat.writes(notebook))
-    ids = list(dict.fromkeys(_RANDOM_ID.findall(text)))
     numbers = {random: f"{number:032x}" for number, random in enumerate(ids, 1)}
     return nbformat.reads(_RANDOM_ID.sub(lambda found: numbers[found[0]], text), as_version=4)
 

@@ -146,6 +146,8 @@ class TestExecute:
             cell = nbformat.v4.new_code_cell("1", id="07-01", metadata={"execution": {"iopub.execute_input": random}})
             shown = {"application/vnd.jupyter.widget-view+json": {"model_id": random, "commit": "a" * 40}}
             cell.outputs = [nbformat.v4.new_output("display_data", shown)]
-            settled.append(execute.settle(nbformat.v4.new_notebook(cells=[cell])))
+            state = {random: {"children": [f"IPY_MODEL_{random[::-1]}"]}, random[::-1]: {"state": {}}}
+            settled.append(execute.settle(nbformat.v4.new_notebook(cells=[cell], metadata={"widgets": state})))
         assert settled[0] == settled[1]
+        assert list(settled[0].metadata.widgets) == [f"{number:032x}" for number in (1, 2)]
         assert "a" * 40 in json.dumps(settled[0])
