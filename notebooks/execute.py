@@ -26,7 +26,7 @@ _ADDRESS = re.compile(r" at 0x[0-9a-f]+>")
 
 
 def execute(path: Path, to: Path) -> str | None:
-    """Execute one notebook in its own folder, and write it to `to`, as far as it came.
+    """Execute one notebook in its own folder, and write it to `to`, as far as it came; in its own place only whole.
 
     Returns:
         what went wrong, or None.
@@ -52,7 +52,8 @@ def execute(path: Path, to: Path) -> str | None:
     except (CellTimeoutError, DeadKernelError) as error:
         fault = f"{type(error).__name__}: {error} ({LIMIT_S} s is the limit of a notebook)"
     fault = fault or warned(notebook)
-    write(settle(notebook), to)
+    if fault is None or to != path:
+        write(settle(notebook), to)
     return fault
 
 
