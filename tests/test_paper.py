@@ -12,7 +12,7 @@ from paper.report.contents import FOLDER, Contents, collect
 from paper.report.errors import ReportError
 from paper.report.prose import Text
 from paper.report.sources import Sources
-from paper.report.typeset import compiled, pages, stored_digest
+from paper.report.typeset import compiled, pages, stored_digest, write_data
 
 
 @pytest.fixture(scope="module")
@@ -151,3 +151,20 @@ def test_pages_are_counted(tmp_path: Path) -> None:
     mark = "#let mark(name) = context [#metadata(here().page()) #label(name)]\n"
     (tmp_path / "helix.typ").write_text(mark + 'One.\n#pagebreak()\nTwo.#mark("text_end")\n#pagebreak()\n#mark("end")')
     assert pages(tmp_path) == (2, 3)
+
+
+def test_a_word_wider_than_its_column_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "template.typ").write_text((FOLDER / "template.typ").read_text())
+    rows = [["a", "word_that_nothing_breaks"]]
+    write_data(tmp_path, {"numbers": {}, "tables": {"t": rows}, "figures": [], "equations": {}})
+    for shares, fits in (("1, 1", True), ("9, 1", False)):
+        (tmp_path / "helix.typ").write_text(
+            f'#import "template.typ": *\n#set page(width: 600pt)\n#made("t", fr({shares}), ([x], [y]))'
+        )
+        if fits:
+            compiled(tmp_path, "pdf")
+        else:
+            with pytest.raises(
+                ReportError, match="table t has a word wider than its column: word_that_nothing_breaks"
+            ):
+                compiled(tmp_path, "pdf")
