@@ -8,7 +8,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from helix.claims.ledger import ConfigError
+from helix.config.schema import ConfigError
 from helix.figures.style import save
 from paper.report import formulas, measured, modelled, prose, said, tables, words
 from paper.report.drawings import DRAWN, MADE_OF
