@@ -42,11 +42,11 @@ infer 03/moe parallel=helix_4x4 model=moe model.layers=2 'baseline=[tp8_pp2]'
 sweep infer 04 parallel=helix parallel.m=1,2,4 parallel.n=1,2,4,8 model=tiny model.kv_heads=4 \
     workload.batch_size=16,1 workload.runs=3
 
-# 06: SmolLM2 has 3 KV heads: as many ranks, and one more
+# 06: SmolLM2 has 3 KV heads: as many ranks, and one more; as many tokens as in the runs on 12 and 16 that paper/results keeps
 infer 06/3_ranks model=smollm2 parallel=helix_1x3 'baseline=[hf_tp3]' 'prompt=The capital of France is' \
-    generate.max_new_tokens=12
+    generate.max_new_tokens=8
 infer 06/4_ranks model=smollm2 parallel=helix_4x1 'baseline=[hf_tp4]' 'prompt=The capital of France is' \
-    generate.max_new_tokens=12
+    generate.max_new_tokens=8
 
 # 07: one model, one seed, the same data: on one device, cut in two ways, and with the papers' formula
 short=(trainer.max_steps=20 trainer.validate_every_n_steps=10 data.batch_size=8 data.seq_len=32 data.validation_batches=2)
