@@ -59,8 +59,14 @@ def execute(path: Path, to: Path) -> str | None:
 
 def warned(notebook: nbformat.NotebookNode) -> str | None:
     """What cells said on stderr: a warning that a reader would have to explain away."""
-    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
-    said = [output.text for output in outputs if output.output_type == "stream" and output.name == "stderr"]
+    outputs = [
+        output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs
+    ]
+    said = [
+        output.text
+        for output in outputs
+        if output.output_type == "stream" and output.name == "stderr"
+    ]
     return f"on stderr: {''.join(said).strip()}" if said else None
 
 
@@ -68,7 +74,11 @@ def settle(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     """Take out what differs from one execution to the next: widgets get numbers for ids; addresses and times go."""
     notebook.metadata.pop("papermill", None)
     notebook.metadata["language_info"] = {"name": "python"}
-    notebook.metadata["kernelspec"] = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    notebook.metadata["kernelspec"] = {
+        "display_name": "Python 3",
+        "language": "python",
+        "name": "python3",
+    }
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.metadata.pop("execution", None)
@@ -89,17 +99,23 @@ def write(notebook: nbformat.NotebookNode, to: Path) -> None:
 def main() -> int:
     """Execute all, or those that were named, and say in a line each how long it took and what went wrong."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", help="notebooks by the start of their names, such as 03; all without")
+    parser.add_argument(
+        "names", nargs="*", help="notebooks by the start of their names, such as 03; all without"
+    )
     parser.add_argument("--runs", type=Path, default=HERE / "data", help="the runs that they read")
     parser.add_argument("--to", type=Path, help="where the executed copies go")
-    parser.add_argument("--stored", action="store_true", help="execute those in notebooks/ in place")
+    parser.add_argument(
+        "--stored", action="store_true", help="execute those in notebooks/ in place"
+    )
     asked = parser.parse_args()
     if asked.stored == (asked.to is not None):
         parser.error("give --to FOLDER, or --stored")
     found = sorted(HERE.glob("[0-9][0-9]_*.ipynb"))
     chosen = [path for path in found if not asked.names or path.name.startswith(tuple(asked.names))]
     if not chosen:
-        parser.error(f"no notebook begins with {' or '.join(asked.names)}; there are {[path.name for path in found]}")
+        parser.error(
+            f"no notebook begins with {' or '.join(asked.names)}; there are {[path.name for path in found]}"
+        )
     os.environ["HELIX_NOTEBOOK_RUNS"] = str(asked.runs.resolve(strict=True))
     folder = HERE if asked.stored else asked.to
     folder.mkdir(parents=True, exist_ok=True)
@@ -107,7 +123,10 @@ def main() -> int:
     for path in chosen:
         started = time.monotonic()
         fault = execute(path, folder / path.name)
-        print(f"{'failed' if fault else 'passed'} {time.monotonic() - started:6.1f} s  {path.name}", flush=True)
+        print(
+            f"{'failed' if fault else 'passed'} {time.monotonic() - started:6.1f} s  {path.name}",
+            flush=True,
+        )
         if fault:
             print(fault, file=sys.stderr, flush=True)
             failed += 1

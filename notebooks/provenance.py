@@ -17,7 +17,11 @@ from helix.study.provenance import git_commit, now, versions
 def machine() -> dict[str, object]:
     """What decides how fast runs are, and nothing that names the machine."""
     told = Path("/proc/cpuinfo")
-    models = [line for line in told.read_text().splitlines() if line.startswith("model name")] if told.exists() else []
+    models = (
+        [line for line in told.read_text().splitlines() if line.startswith("model name")]
+        if told.exists()
+        else []
+    )
     return {
         "cpu": models[0].partition(":")[2].strip() if models else platform.processor(),
         "cores": len(os.sched_getaffinity(0)),
@@ -36,7 +40,10 @@ def main(folder: Path) -> None:
         "git_commit": git_commit(),
         "machine": machine(),
         "versions": versions(),
-        "runs": [{"folder": place, "seconds": float(seconds), "command": words} for place, seconds, words in rows],
+        "runs": [
+            {"folder": place, "seconds": float(seconds), "command": words}
+            for place, seconds, words in rows
+        ],
     }
     (folder / "provenance.json").write_text(json.dumps(content, indent=2) + "\n")
     noted.unlink()
