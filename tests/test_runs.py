@@ -1,22 +1,25 @@
-"""`load_runs` on real W&B runs made without a network, on damaged ones, and at the boundary of W&B's online API."""
+"""`load_runs` on real W&B runs made without a network and on damaged ones."""
 
 from __future__ import annotations
 
+import json
 import math
+import os
 import shutil
-from collections.abc import Iterator
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
 import pytest
-import wandb
 from commands import Command
 
+from helix.study import runs as study_runs
 from helix.study import wandb_records
 from helix.study.runs import DamagedRun, load_runs
-from helix.study.wandb_records import read_run, run_files
+from helix.study.wandb_records import columns, numbers, read_run, run_files
 
 # Three runs in folders of their own: one ends well, one raises, one is killed with its report already written.
 MADE = """
@@ -25,7 +28,8 @@ from pathlib import Path
 from helix.config.schema import LoggerConfig
 from helix.study.tracking import track
 
-CONFIG = {"model": {"name": "tiny", "layers": 2}, "baseline": ["tp2"], "seed": 7, "none": None}
+CONFIG = {"model": {"name": "tiny", "layers": 2}, "baseline": ["tp2"], "seed": 7, "none": None,
+          "note": "a\\x85b\\x1c\\xef", "nest": {"inf": float("inf"), "list": [1, float("-inf")]}}
 
 def make(name, end):
     folder = Path(name)
@@ -86,9 +90,11 @@ def test_a_run_is_a_row(finished: Path) -> None:
     assert (f"run-{run.run_id}.wandb", run.path, run.state) == (file.name, str(file.parent), "finished")
     assert pd.Timestamp.now("UTC") - run.started_at < pd.Timedelta("1h")
     config = {"model.name": "tiny", "model.layers": 4, "baseline": ["tp2"], "seed": 7, "later": True, "none": None}
+    config |= {"note": "a\x85b\x1c\xef"}  # at whose second and fourth character `splitlines` splits
+    config |= {"nest.inf": math.inf, "nest.list": [1, -math.inf]}
     report = {"method.name": "sweep/finished", "method.m": 2, "started_at": "2026-11-22T10:00:00+00:00"}
     summary = {"validation": 3, "train/loss": 0.25, "rank.step_ms": 2, "tokens_per_s": 12.5, "final.ok": True}
-    parts = {"config": config, "summary": summary, "report": report}
+    parts: dict[str, dict[str, Any]] = {"config": config, "summary": summary, "report": report}
     logged = {f"{part}.{key}": value for part, values in parts.items() for key, value in values.items()}
     found = {key: value for key, value in run.items() if not key.startswith("report.wandb.")}
     about = ["run_id", "path", "state", "started_at", "host", "history", "report"]
@@ -161,6 +167,13 @@ def test_a_foreign_file_alone_leaves_an_empty_table(tmp_path: Path) -> None:
         ("{", "it is no report"),
         ("[1]", "it is no report"),
         ('{"method": {}}', "it is no report .'wandb'.; left out"),
+        ('{"wandb": {"id": ["x"]}}', "it is no report .its W&B id is no text but list.; left out"),
+        ('{"wandb": {"id": "x"}, "started_at": {}}', "it is no report .its started_at is no text but dict.; left out"),
+        (
+            '{"wandb": {"id": "x"}, "started_at": "soon"}',
+            "it is no report .its started_at, 'soon', is no ISO 8601 time.; left out",
+        ),
+        ('{"wandb": ' + "[" * 200_000, "it is no report .maximum recursion depth exceeded.*; left out"),
         ('{"wandb": {"id": "another1"}}', "it is of the W&B run another1, which is not in its folder; left out"),
     ],
 )
@@ -170,6 +183,75 @@ def test_a_report_that_is_not_the_runs_is_left_out(finished: Path, content: str,
         run = one(load_runs(finished))
     assert run.report is None
     assert run["config.seed"] == 7
+
+
+def test_a_line_that_is_no_record_costs_only_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    good = '{"type":"run","run":{"run_id":"a1"}}'
+    said = SimpleNamespace(stdout="\n".join([good, '{"cut', '{"a":' + "[" * 200_000, good]), stderr="")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: said)
+    records, fault = wandb_records.read_records(tmp_path)
+    assert records == [{"type": "run", "run": {"run_id": "a1"}}] * 2
+    assert fault is not None
+    assert fault.startswith("a record of it cannot be read (maximum recursion depth")
+
+
+def test_a_run_is_read_whatever_the_locale(finished: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from helix.study.wandb_records import read_run; "
+        "run = read_run(Path(sys.argv[1])); print(ascii(run.config['note']), run.fault)"
+    )
+    env = {**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    command = [sys.executable, "-c", code, str(file_of(finished))]
+    said = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
+    assert said == "'a\\x85b\\x1c\\xef' None\n"
+
+
+def test_a_folder_that_cannot_be_read_is_named(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its mode alone would not keep a superuser out."""
+    scandir = os.scandir
+    closed = str(finished / "closed" / "deep")
+    os.makedirs(closed)
+
+    def refuse(path: str) -> Any:
+        if str(path) == closed:
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.warns(DamagedRun, match="closed/deep: Permission denied; left out"):
+        assert one(load_runs(finished)).state == "finished"
+    with pytest.raises(FileNotFoundError, match=r"no W&B run in .*/deep: Permission denied"):
+        load_runs(finished / "closed")
+
+
+def test_two_values_of_one_name_are_named(finished: Path) -> None:
+    report = finished / "0" / "report.json"
+    report.write_text(json.dumps(json.loads(report.read_text()) | {"a": {"b": 1}, "a.b": 2}))
+    with pytest.warns(DamagedRun, match=r"report.json: it has two values for 'a.b'; the later one is kept"):
+        assert one(load_runs(finished))["report.a.b"] == 2
+    faults: list[str] = []
+    assert study_runs._leaves({"a": {"b": 1}, "a.b": 2, "c": 3}, "x: its config", faults) == {"a.b": 2, "c": 3}
+    assert faults == ["x: its config has two values for 'a.b'; the later one is kept"]
+
+
+def test_numbers_stand_for_their_names_at_any_depth() -> None:
+    assert numbers({"a": [1, {"b": "-Infinity"}], "c": "Inf", "d": None}) == {
+        "a": [1, {"b": -math.inf}],
+        "c": "Inf",
+        "d": None,
+    }
+
+
+def test_columns_are_as_long_as_there_are_records() -> None:
+    table = columns([{"a": 1}, {"b": {"c": "Infinity"}}, {}])
+    assert repr(table) == "{'a': [1, nan, nan], 'b.c': [nan, inf, nan]}"
+
+
+def test_of_two_reports_of_a_run_the_first_is_kept(finished: Path) -> None:
+    report = finished / "0" / "report.json"
+    (finished / "0" / "train_report.json").write_text(report.read_text().replace('"m": 2', '"m": 3'))
+    with pytest.warns(DamagedRun, match="train_report.json: it is of the W&B run .*, as is .*/report.json; left out"):
+        assert one(load_runs(finished))["report.method.m"] == 2
 
 
 def test_the_training_report_counts_too(finished: Path) -> None:
@@ -191,6 +273,9 @@ def test_a_copy_is_left_out_and_another_of_the_same_id_kept(finished: Path) -> N
     shutil.copytree(finished / "0", finished / "1", symlinks=True)
     with pytest.warns(DamagedRun, match="1/wandb/.*: it is a copy of .*/0/wandb/.*; left out"):
         assert "/0/wandb/" in one(load_runs(finished)).path
+    (finished / "0" / "report.json").rename(finished / "report.json")
+    with pytest.warns(DamagedRun, match="0/wandb/.*: it is a copy of .*/1/wandb/.*; left out"):
+        assert one(load_runs(finished)).report is not None
     file = file_of(finished / "1")
     file.write_bytes(file.read_bytes()[:-20])
     with (
@@ -215,48 +300,6 @@ def test_wandbs_public_command_reads_the_same(finished: Path, monkeypatch: pytes
 def test_where_there_is_nothing(tmp_path: Path, made: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no W&B run in .*: there is no run-\*\.wandb in it, at any depth"):
         load_runs(tmp_path)
-    for nothing in (tmp_path / "none", "outputz", made / "make.py"):
+    for nothing in (tmp_path / "none", "", "outputz", made / "make.py"):
         with pytest.raises(FileNotFoundError, match=f"'{nothing}' is neither a folder that holds W&B runs"):
             load_runs(nothing)
-
-
-class Api:
-    """As much of `wandb.Api` as is called, with what its server sent."""
-
-    def runs(self, path: str, lazy: bool) -> Iterator[SimpleNamespace]:
-        assert not lazy
-        if path != "someone/helix":
-            raise ValueError(f"Could not find project {path}")
-        history: list[dict[str, Any]] = [{"_step": 0, "_runtime": 0.5, "_timestamp": 1.0, "loss": 2.0}]
-        yield SimpleNamespace(
-            id="a1",
-            state="crashed",
-            created_at="2026-11-22T10:00:00Z",
-            metadata={"host": "node"},
-            config={"model": {"name": "tiny"}, "_wandb": {}},
-            summary_metrics={"_step": 0, "_wandb": {"runtime": 1}, "loss": "NaN"},
-            scan_history=lambda: iter(history),
-        )
-
-
-def test_a_project_has_the_same_columns(monkeypatch: pytest.MonkeyPatch, finished: Path) -> None:
-    monkeypatch.setattr(wandb, "Api", Api)
-    runs = load_runs("someone/helix")
-    run = one(runs)
-    assert (run.run_id, run.path, run.state, run.host) == ("a1", "someone/helix/a1", "crashed", "node")
-    assert (run["config.model.name"], run.report) == ("tiny", None)
-    assert math.isnan(run["summary.loss"])
-    assert list(run.history["loss"]) == [2.0]
-    both = pd.concat([runs, load_runs(finished)])
-    assert list(both["started_at"].sort_values()) == list(both["started_at"])
-    with pytest.raises(ValueError, match="no folder 'someone/else', and W&B gives no project of that name: Could not"):
-        load_runs("someone/else")
-
-
-def test_without_an_account(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse() -> None:
-        raise wandb.errors.UsageError("No API key configured.")
-
-    monkeypatch.setattr(wandb, "Api", refuse)
-    with pytest.raises(ValueError, match="takes an account: run `wandb login` or set WANDB_API_KEY"):
-        load_runs("someone/helix")

@@ -6,11 +6,13 @@ second on imports; the program behind it takes 0.03 s, so that is called where W
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import os
+import stat
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.util import find_spec
@@ -21,8 +23,9 @@ NAME = "run-*.wandb"
 _LIMIT_S = 120.0
 # Exit codes above it are of a signal, 128 + its number.
 _SIGNALLED = 128
+_MISSING = float("nan")
 # W&B's JSON has no such numbers, and writes their names.
-_NOT_FINITE = {"NaN": float("nan"), "Infinity": float("inf"), "-Infinity": float("-inf")}
+_NOT_FINITE = {"NaN": _MISSING, "Infinity": float("inf"), "-Infinity": float("-inf")}
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,8 @@ class RunRecords:
         state: "finished", "failed", "killed" (by a signal), or "unfinished": still going on, or cut short.
         started_at: ISO 8601.
         config, summary: as logged, without W&B's own entries.
-        history: the logged records in order, with W&B's `_step`, `_runtime` (s) and `_timestamp` (s since 1970).
+        history: by dotted key what each logged record has, in order, NaN where it has none; with W&B's `_step`,
+            `_runtime` (s) and `_timestamp` (s since 1970).
         fault: what the reader complained of; None of a sound file.
     """
 
@@ -44,29 +48,42 @@ class RunRecords:
     host: str | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
     summary: Mapping[str, Any] = field(default_factory=dict)
-    history: tuple[Mapping[str, Any], ...] = ()
+    history: Mapping[str, list[Any]] = field(default_factory=dict)
     fault: str | None = None
 
 
-def run_files(folder: Path) -> list[Path]:
-    """The files of W&B runs at any depth, each once however many links lead to it, in the order of their paths."""
+def run_files(folder: Path, closed: Callable[[OSError], None] | None = None) -> list[Path]:
+    """The files of W&B runs at any depth, each once however many links lead to it, in the order of their paths.
+
+    Args:
+        folder: where to search.
+        closed: is told of every folder and file that cannot be looked into.
+    """
     found: dict[str, Path] = {}
     visited = set()
-    for at, folders, _ in os.walk(folder, followlinks=True):
+    for at, folders, names in os.walk(folder, onerror=closed, followlinks=True):
         if (real := os.path.realpath(at)) in visited:
             folders.clear()  # a link back up, or W&B's own `latest-run`
             continue
         visited.add(real)
         folders.sort(key=lambda name: (os.path.islink(os.path.join(at, name)), name))
-        for file in sorted(Path(at).glob(NAME)):
-            if file.is_file():
-                found.setdefault(os.path.realpath(file), file)
+        for name in sorted(fnmatch.filter(names, NAME)):
+            file = Path(at, name)
+            try:
+                if stat.S_ISREG(file.stat().st_mode):
+                    found.setdefault(os.path.realpath(file), file)
+            except OSError as error:
+                if closed is not None:
+                    closed(error)
     return sorted(found.values())
 
 
 def read_run(file: Path) -> RunRecords:
     """What a file holds, damaged or not; `fault` says what is wrong with it."""
-    return _gather(*read_records(file))
+    try:
+        return _gather(*read_records(file))
+    except RecursionError:
+        return RunRecords(fault="its values are nested too deeply")
 
 
 def read_records(file: Path) -> tuple[list[dict[str, Any]], str | None]:
@@ -75,15 +92,22 @@ def read_records(file: Path) -> tuple[list[dict[str, Any]], str | None]:
         said = subprocess.run(
             [*_reader(), *_paths(file)],
             capture_output=True,
-            text=True,
+            encoding="utf-8",  # what it writes, whatever the locale is
+            errors="replace",
             timeout=_LIMIT_S,
             # The public command would otherwise report its use over the network.
             env={**os.environ, "WANDB_MODE": "offline"},
         )
     except subprocess.TimeoutExpired:
         return [], f"W&B's reader needs more than {_LIMIT_S:g} s for it"
-    records = [json.loads(line) for line in said.stdout.splitlines() if line.startswith("{")]
-    return records, _complaint(said.stderr)
+    records, fault = [], None
+    for line in said.stdout.split("\n"):  # `splitlines` would also split at what a logged text may contain
+        if line.startswith("{"):
+            try:
+                records.append(json.loads(line))
+            except (ValueError, RecursionError) as error:
+                fault = f"a record of it cannot be read ({error})"
+    return records, _complaint(said.stderr) or fault
 
 
 @cache
@@ -114,19 +138,19 @@ def _complaint(errors: str) -> str | None:
 def _gather(records: list[dict[str, Any]], fault: str | None) -> RunRecords:
     by_kind: dict[str, list[dict[str, Any]]] = {}
     for record in records:
-        by_kind.setdefault(record["type"], []).append(record[record["type"]])
+        by_kind.setdefault(record["type"], []).append(record.get(record["type"], {}))
     if "run" not in by_kind:
         return RunRecords(fault=fault or "it holds no run, as of one that was killed before W&B wrote anything")
     head = by_kind["run"][-1]
     changes = [head.get("config", {}), *by_kind.get("config", [])]
     return RunRecords(
-        run_id=head["run_id"],
+        run_id=head.get("run_id"),
         state=_state(by_kind.get("exit", [])),
         started_at=head.get("start_time"),
         host=head.get("host"),
         config=own(_together(changes)),
         summary=own(_together(by_kind.get("summary", []))),
-        history=tuple(numbers(record["item"]) for record in by_kind.get("history", [])),
+        history=columns(record.get("item", {}) for record in by_kind.get("history", [])),
         fault=fault if fault or "exit" in by_kind else "it ends before the run does",
     )
 
@@ -145,7 +169,7 @@ def _together(changes: list[dict[str, Any]]) -> dict[str, Any]:
         _merge(left, change.get("update", {}))
         for each in change.get("remove", []):
             left.pop(each.get("key"), None)
-    return numbers(left)
+    return {key: numbers(value) for key, value in left.items()}
 
 
 def _merge(into: dict[str, Any], update: Mapping[str, Any]) -> None:
@@ -161,9 +185,37 @@ def own(values: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if not key.startswith("_")}
 
 
-def numbers(values: Mapping[str, Any]) -> dict[str, Any]:
-    """With numbers for their names, where JSON has none."""
-    return {key: _NOT_FINITE.get(value, value) if isinstance(value, str) else value for key, value in values.items()}
+def numbers(value: Any) -> Any:
+    """With numbers for their names at any depth, where JSON has none.
+
+    W&B writes a logged text "NaN" just as it writes the number: it becomes the number, too. Of a NaN within a list or
+    a mapping of a config, or a mapping of a summary, W&B writes null: it stays None.
+    """
+    if isinstance(value, str):
+        return _NOT_FINITE.get(value, value)
+    if isinstance(value, list):
+        return [numbers(each) for each in value]
+    if isinstance(value, dict):
+        return {key: numbers(each) for key, each in value.items()}
+    return value
+
+
+def columns(records: Iterable[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """Logged records by their dotted keys, each with as many values as there are records: NaN where one has none.
+
+    A list for each key, not a mapping for each record: runs may have 100,000 records.
+    """
+    table: dict[str, list[Any]] = {}
+    count = 0
+    for count, record in enumerate(records, start=1):
+        for key, value in flat(record):
+            column = table.setdefault(key, [])
+            if len(column) < count:
+                column.extend([_MISSING] * (count - len(column)))
+            column[-1] = numbers(value)
+    for column in table.values():
+        column.extend([_MISSING] * (count - len(column)))
+    return table
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
