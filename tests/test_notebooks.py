@@ -18,6 +18,7 @@ from helix.study.runs import load_runs
 
 FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("[0-9][0-9]_*.ipynb"))
+WIDGET = "application/vnd.jupyter.widget-view+json"
 _A_PLACE = re.compile(r"(?<![\w.:/])/(work|home|root|tmp|Users|private)/")
 
 
@@ -86,6 +87,21 @@ class TestStored:
         nodes = [node for cell in code(read(path)) for node in ast.walk(ast.parse(cell.source))]
         assert not [node for node in nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)]
         assert [node for node in nodes if isinstance(node, ast.Assert)]
+
+    def test_its_widgets_are_stored(self, path: Path) -> None:
+        notebook = read(path)
+        kept = (
+            notebook.metadata.get("widgets", {}).get("application/vnd.jupyter.widget-state+json", {}).get("state", {})
+        )
+        for cell in code(notebook):
+            if re.search(r"\binteractive\(", cell.source):
+                shown = [output.get("data", {}) for output in cell.outputs]
+                views = [data[WIDGET]["model_id"] for data in shown if WIDGET in data]
+                assert views
+                assert set(views) <= set(kept)  # or JupyterLab shows "Error displaying widget"
+
+    def test_its_code_is_as_wide_as_the_page(self, path: Path) -> None:
+        assert max(len(line) for cell in code(read(path)) for line in cell.source.splitlines()) <= 100
 
     def test_its_outputs_name_no_place_and_no_machine(self, path: Path, runs: Any) -> None:
         said = words(read(path))
