@@ -12,10 +12,11 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from helix.figures import training
+from helix.figures.attention import attention_maps
 from helix.figures.claims import claimed_and_found
 from helix.figures.errors import error_of
 from helix.figures.exchange import exchange
-from helix.figures.growth import growth
+from helix.figures.growth import bytes_inside, growth
 from helix.figures.losses import curves
 from helix.figures.maps import winning_map
 from helix.figures.ownership import ownership
@@ -139,6 +140,13 @@ TRAINED = {
 STEPS = np.arange(1.0, 11.0)
 SEEDS = Seeds(STEPS, np.stack([5 - STEPS / 9, 5 - STEPS / 8]), 5 - STEPS / 8.5, 4.8 - STEPS / 8.5, 5.2 - STEPS / 8.5)
 SETTINGS = [Drawn("helix_2x2", 0, 0, SEEDS, SEEDS), Drawn("helix_2x2_perslice", 1, 0, SEEDS, SEEDS, SEEDS)]
+MANY = np.arange(1.0, 61.0)
+LOSS, APART = Seeds(MANY, (5 - MANY / 20)[None]), Seeds(MANY, (MANY * 1e-8)[None])
+EQUAL = [
+    Drawn(f"{layout} model={model}", place, group, LOSS, LOSS, APART if place else None)
+    for group, model in enumerate(("tiny", "tiny_moe"))
+    for place, layout in enumerate(("single", "helix_2x2", "helix_4x1"))
+]
 
 FIGURES: dict[str, Callable[[], Figure]] = {
     "ownership_2x2": lambda: ownership(Grid(2, 2), 4, 2, 8),
@@ -158,9 +166,13 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "heat_map": lambda: heat_map(SWEEP, "data=2", "two cores"),
     "bars": lambda: bars(SWEEP, "two cores"),
     "growth": lambda: growth(POINTS, POINTS, "L, tokens of one sequence", "two cores"),
+    "bytes_inside": lambda: bytes_inside(POINTS, POINTS, about="two cores"),
+    "bytes_inside_in_a_column": lambda: bytes_inside(POINTS, POINTS, wide=COLUMN),
+    "attention": lambda: attention_maps({"one head of 8": np.eye(16), "formula, slice 0 (colour)": np.eye(16) / 2}),
     "map": lambda: winning_map([PANEL] * 3, "llama3_70b on dgx_h100"),
     "search": lambda: search_growth(SEARCHES),
     "predictions": lambda: predictions(VALIDATED),
     "run": lambda: training.run(TRAINED, "two cores"),
     "settings": lambda: settings(SETTINGS, "Validation above helix_2x2's, bits per byte", False, 3, "two cores"),
+    "settings_within_rounding": lambda: settings(EQUAL, "Largest distance so far, nats a token", True, 1, "two cores"),
 }

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import operator
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from drawable import BASELINES, CLAIMS, ERRORS, FIGURES, LOSSES, PANEL, RATIOS, TRAFFIC
 from matplotlib.axes import Axes
@@ -14,9 +16,11 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 
+from helix.figures.attention import attention_maps
 from helix.figures.claims import claimed_and_found
 from helix.figures.errors import error_of
 from helix.figures.exchange import MOVES, exchange, held
+from helix.figures.growth import bytes_inside
 from helix.figures.losses import curves
 from helix.figures.maps import winning_map
 from helix.figures.ownership import ownership
@@ -47,10 +51,7 @@ def test_words_fit_and_do_not_cover_each_other(name: str) -> None:
     shown = words(chart)
     assert shown
     assert chart.get_figwidth() <= 6.5
-    small = {
-        one.get_text(): one.get_fontsize() for one in shown if one.get_fontsize() < SMALL and "$" not in one.get_text()
-    }
-    assert small == {}
+    assert {one.get_text(): one.get_fontsize() for one in shown if one.get_fontsize() < SMALL} == {}
     boxes = [(one.get_text(), one.get_window_extent()) for one in shown]
     canvas = chart.bbox
     outside = [
@@ -169,6 +170,65 @@ def test_errors_of_nothing_are_at_the_left_end() -> None:
     assert at[3] == pytest.approx(single.get_xlim()[0])
     assert at[:3] == [2e-7, 0.8, 0.8]
     assert single.get_xticklabels()[0].get_text() == "0"
+
+
+@pytest.mark.parametrize("name", ["errors", "growth", "bytes_inside", "settings_within_rounding"])
+def test_no_exponent_is_smaller_than_what_is_readable(name: str) -> None:
+    """Mathematical text has exponents of 0.7 times its size."""
+    chart = FIGURES[name]()
+    chart.draw_without_rendering()
+    assert [one.get_text() for one in chart.findobj(Text) if "$" in one.get_text()] == []
+
+
+def test_bytes_are_drawn_where_there_are_any() -> None:
+    points = pd.DataFrame(
+        {"schedule": ["batch", "batch", "perslice", "perslice"], "x": [64, 128] * 2, "bytes": [10, 20, 0, 0]}
+    )
+    (axes,) = bytes_inside(points, points.assign(x=points["x"] * 3)).axes
+    counted, closed = axes.lines
+    assert (list(counted.get_xdata()), list(counted.get_ydata())) == ([64, 128], [10, 20])
+    assert list(closed.get_xdata()) == [192, 384]
+    assert list(axes.get_xticks()) == [64, 128]
+
+
+def test_what_a_logarithm_cannot_show_is_refused() -> None:
+    with pytest.raises(ValueError, match="found has to be above 0 and finite, not 0"):
+        claimed_and_found(CLAIMS.assign(found=0.0))
+    with pytest.raises(ValueError, match="low has to be above 0 and finite, not -1"):
+        forest(RATIOS.assign(low=-1.0))
+
+
+def test_weights_of_attention_are_from_0_to_1() -> None:
+    one, two, _ = attention_maps({"a": np.eye(8), "b": np.full((8, 8), 0.125)}).axes
+    assert [axes.images[0].get_clim() for axes in (one, two)] == [(0, 1), (0, 1)]
+    assert list(two.get_xticks()) == [0, 4]
+    with pytest.raises(ValueError, match="'scores' has to be a matrix"):
+        attention_maps({"scores": np.eye(4) * 2})
+    with pytest.raises(ValueError, match="one to four maps, and there are 0"):
+        attention_maps({})
+
+
+def test_the_better_slicing_is_the_darker_its_cell_in_grey() -> None:
+    cells = [
+        PANEL["cells"][0] | {"x": x, "ratio": ratio, "legal": True}
+        for x, ratio in enumerate((0.5, 0.8, 1.0, 1.25, 2.0))
+    ]
+    patches = winning_map([{**PANEL, "cells": cells}]).axes[0].patches
+    assert len(patches) == 5
+    greys = [luminance(each.get_facecolor()[:3]) for each in patches]
+    assert greys == sorted(greys, reverse=True)
+    assert min(itertools.starmap(operator.sub, itertools.pairwise(greys))) > 0.05
+
+
+def test_distances_within_rounding_are_the_main_panel() -> None:
+    chart = FIGURES["settings_within_rounding"]()
+    loss, validation, gap = chart.axes
+    assert (len(loss.lines), len(validation.lines)) == (2, 2)  # the references'
+    assert gap.get_position().height > 1.2 * loss.get_position().height
+    looks = {(one.get_color(), one.get_markerfacecolor(), one.get_marker(), one.get_linestyle()) for one in gap.lines}
+    assert len(gap.lines) == len(looks) == 4
+    assert len({str(one.get_markevery()) for one in gap.lines}) == 4
+    assert len(chart.legends[0].get_texts()) == 6
 
 
 def test_claims_are_beside_what_was_found() -> None:

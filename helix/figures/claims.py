@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from helix.config.words import figure
-from helix.figures.ratios import KINDS
-from helix.figures.style import DARK, SMALL, STYLE, TEXT, caption, categories, legend, log_ticks, picture, require
+from helix.figures.ratios import KINDS, in_words
+from helix.figures.style import STYLE, TEXT, above_0, caption, categories, legend, log_ticks, note, picture, require
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,6 +29,7 @@ def claimed_and_found(frame: pd.DataFrame, *, about: str = "") -> Figure:
             of what was found, and `claimed_low`, `claimed_high`. Missing intervals are NaN. All values above 0.
     """
     require(frame, "claim", "unit", "claimed", "found", "kind")
+    above_0(frame, "claimed", "found", "low", "high", "claimed_low", "claimed_high")
     units = list(dict.fromkeys(frame["unit"]))
     counts = [int((frame["unit"] == unit).sum()) for unit in units]
     heights = [0.22 * count + 0.06 for count in counts]
@@ -66,10 +67,8 @@ def _draw(axes: Axes, place: int, row: dict[str, Any]) -> None:
     if ends := _interval(row, "low", "high"):
         axes.plot(ends, [place, place], color="black", linewidth=1.0)
     axes.plot(found, place, KINDS[kind], color="black", markerfacecolor=_face(kind))
-    said = f"{figure(claimed)} claimed, {figure(found)} found"
-    axes.annotate(
-        said, (1, place), (6, 0), ("axes fraction", "data"), "offset points", va="center", fontsize=SMALL, color=DARK
-    )  # fmt: skip
+    said = f"{figure(claimed)} claimed, {in_words(found, *ends) if ends and found < 100 else figure(found)} found"
+    note(axes, place, said)
 
 
 def _interval(row: dict[str, Any], low: str, high: str) -> list[float]:

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
-from helix.figures.style import DARK, STYLE, TEXT, caption, categories, legend, look, picture, require
+from helix.figures.style import DARK, STYLE, TEXT, caption, categories, legend, look, picture, power, require
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -69,6 +69,6 @@ def _axis(axes: Axes, nothing: float, largest: float) -> None:
     low, high = math.ceil(math.log10(nothing) + 1.5), math.floor(math.log10(axes.get_xlim()[1]))
     step = max(1, (high - low + 4) // 5)
     powers = list(range(high, low - 1, -step))
-    axes.set_xticks([nothing, *(10.0**each for each in powers)], ["0", *(f"$10^{{{each}}}$" for each in powers)])
+    axes.set_xticks([nothing, *(10.0**each for each in powers)], ["0", *(power(10.0**each) for each in powers)])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.grid(axis="x")

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from helix.figures.settings import Seeds, draw_seeds
 from helix.figures.style import DARK, STYLE, TEXT, caption, legend, look, picture, require
 
 if TYPE_CHECKING:
@@ -67,12 +68,9 @@ def curves(
 
 
 def _seeds(axes: Axes, table: pd.DataFrame, place: int, label: str) -> None:
-    """Each column a seed; where there are several, thin and with their mean."""
-    shown: dict[str, Any] = look(place)
+    """Each column a seed."""
     steps = np.asarray(table.index, dtype=float)
-    if table.shape[1] > 1:
-        for seed in table.columns:
-            axes.plot(steps, table[seed], color=shown["color"], linewidth=0.5, alpha=0.5)
     every = max(1, len(steps) // 8)
     marks: dict[str, Any] = {"markevery": (place * every // 3, every), "markersize": 3.5}  # not all at the same steps
-    axes.plot(steps, table.mean(axis=1), label=label, **shown, **marks)
+    mean = table.mean(axis=1).to_numpy() if table.shape[1] > 1 else None
+    draw_seeds(axes, Seeds(steps, table.to_numpy().T, mean), look(place) | marks, label)

@@ -6,18 +6,19 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from matplotlib import colormaps, rc_context
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import LogNorm
+from matplotlib.colors import LinearSegmentedColormap, LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
-from helix.figures.style import LINE, SMALL, STYLE, TEXT, caption, ink, picture
+from helix.figures.style import STYLE, TEXT, caption, cell, picture
 
-# Two colours that stay apart for every kind of colour vision; 1 is white. Both ends are dark in grey, so every cell
-# has its figure, bold above 1.
-_DIVERGING, _NORM = "PuOr", LogNorm(1 / 2, 2, clip=True)
+# From yellow by a light grey, at 1, to blue: two colours that stay apart for every kind of colour vision; the better
+# m > 1 is, the darker, in grey too. Every cell has its figure, bold above 1.
+_COLOURS = LinearSegmentedColormap.from_list("winning", ("#FFEC8B", "#C2C2C2", "#08306B"))
+_NORM = LogNorm(1 / 2, 2, clip=True)
 _HATCH = "0.35"
 _NOTHING: dict[str, Any] = {"facecolor": "0.93", "edgecolor": "0.55", "hatch": "....", "linewidth": 0}
 
@@ -50,7 +51,7 @@ def winning_map(panels: Sequence[Mapping[str, Any]], title: str = "") -> Figure:
 def _key(chart: Figure, axes: Axes) -> None:
     """The colours and the three kinds of cells without a figure, where a fourth panel would be."""
     bar = chart.colorbar(
-        ScalarMappable(_NORM, colormaps[_DIVERGING]),
+        ScalarMappable(_NORM, _COLOURS),
         cax=axes.inset_axes((0.06, 0.82, 0.88, 0.07)), orientation="horizontal",
         ticks=[0.5, 0.7, 1, 1.4, 2], format=lambda value, _: f"{value:.3g}", extend="both", label="m > 1 / all others",
     )  # fmt: skip
@@ -83,21 +84,10 @@ def _cell(axes: Axes, one: Mapping[str, Any], column: int, row: int) -> None:
     face: Any = "white"
     hatch, said, ratio = "", "-", one["ratio"]
     if ratio is not None:
-        face, said = colormaps[_DIVERGING](_NORM(ratio)), f"{ratio:.2f}"
+        face, said = _COLOURS(_NORM(ratio)), f"{ratio:.2f}"
     elif one["sliced"] is not None:
         hatch, said = "////", "only"
     elif one["rival"] is None:
         axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, **_NOTHING))
         return
-    look: dict[str, Any] = {
-        "facecolor": face,
-        "edgecolor": _HATCH if hatch else LINE,
-        "hatch": hatch,
-        "linewidth": 0.5,
-    }
-    axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, **look))
-    box = {"facecolor": "white", "edgecolor": "none", "pad": 1} if hatch else None
-    weight = "bold" if ratio is not None and ratio > 1.005 else "normal"
-    axes.text(
-        column, row, said, ha="center", va="center", fontsize=SMALL + 0.5, color=ink(face), weight=weight, bbox=box
-    )  # fmt: skip
+    cell(axes, column, row, said, face, hatch=hatch, bold=ratio is not None and ratio > 1.005)

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from helix.figures.style import DARK, SMALL, STYLE, TEXT, caption, legend, log_ticks, picture, require
+from helix.figures.style import DARK, STYLE, TEXT, above_0, caption, legend, log_ticks, note, picture, require
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -31,6 +31,7 @@ def forest(
         wide: inches.
     """
     require(frame, "label", "ratio", "low", "high")
+    above_0(frame, "ratio", "low", "high")
     rows = list(_rows(frame))
     chart = picture(wide, 0.75 + _ROW * len(rows) + (0.2 if title else 0))
     axes = chart.subplots()
@@ -103,10 +104,13 @@ def _draw(axes: Axes, place: int, row: dict[str, Any]) -> None:
             axes.plot([low, high], [place, place], color="black", linewidth=1.0)
         mark = KINDS[row.get("kind", "measured")]
         axes.plot(ratio, place, mark, color="black", markerfacecolor=face, markeredgecolor="black")
-        said = f"{ratio:.2f} ({low:.2f} .. {high:.2f})" if known else f"{ratio:.2f}"
-    axes.annotate(
-        said, (1, place), (6, 0), ("axes fraction", "data"), "offset points", va="center", fontsize=SMALL, color=DARK
-    )  # fmt: skip
+        said = in_words(ratio, low, high)
+    note(axes, place, said)
+
+
+def in_words(value: float, low: float, high: float) -> str:
+    """With its interval, where it has one."""
+    return f"{value:.2f} ({low:.2f} .. {high:.2f})" if low == low else f"{value:.2f}"
 
 
 def _axis(axes: Axes, frame: pd.DataFrame, most: int) -> None:

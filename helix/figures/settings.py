@@ -13,8 +13,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from helix.figures.style import DARK, STYLE, TEXT, caption, legend, look, picture
+from helix.figures.style import DARK, STYLE, TEXT, caption, legend, look, picture, power
 from helix.figures.training import Curve, lines
+
+_HEIGHTS = {False: (1, 1), True: (1.5, 1)}  # of both rows, by whether distances are the main panel
 
 
 @dataclass(frozen=True)
@@ -57,59 +59,83 @@ class Drawn:
 def settings(drawn: Sequence[Drawn], distance: str, logarithmic: bool, averaged: int, *about: str) -> Figure:
     """Training loss and validation of each setting; and, where something is compared, its distance to the reference.
 
-    A thin line is a seed; the thick one the mean of all, and the band its interval.
+    A thin line is a seed; the thick one the mean of all, and the band its interval. Where distances are within
+    rounding, they are the main panel, on top, and of the losses, which would lie on each other, only the references'
+    are drawn.
 
     Args:
-        distance: what that is, in words; logarithmic: whether its axis is.
+        distance: what that is, in words; logarithmic: whether its axis is, since it is within rounding.
         averaged: steps that a loss is the mean of.
         about: where all that comes from, in parts.
     """
     compared = any(one.distance for one in drawn)
     rows = math.ceil(len(drawn) / 3)
     chart = picture(TEXT, (4.6 if compared else 2.6) + 0.16 * rows)
-    grid = chart.add_gridspec(2 if compared else 1, 2)
-    panels = [chart.add_subplot(grid[0, 0]), chart.add_subplot(grid[0, 1])]
-    panels += [chart.add_subplot(grid[1, :])] if compared else []
-    for one in drawn:
-        shown = _look(one, several=any(other.group for other in drawn))
-        _draw(panels[0], one.losses, shown, one.label)
-        _draw(panels[1], one.validations, shown)
-        if one.distance is not None:
-            _draw(panels[2], one.distance, shown)
-    panels[0].set_title("Training loss, bits per byte")
-    panels[1].set_title("Validation, bits per byte")
+    grid = chart.add_gridspec(2 if compared else 1, 2, height_ratios=_HEIGHTS[logarithmic] if compared else None)
+    below = int(logarithmic)
+    loss, validation = chart.add_subplot(grid[below, 0]), chart.add_subplot(grid[below, 1])
+    gap = chart.add_subplot(grid[1 - below, :]) if compared else None
+    several = any(one.group for one in drawn)
+    for place, one in enumerate(drawn):
+        shown = _look(one, several, place)
+        if not logarithmic or one.distance is None:
+            draw_seeds(loss, one.losses, shown, one.label)
+            draw_seeds(validation, one.validations, shown)
+        if gap is not None and one.distance is not None:
+            draw_seeds(gap, one.distance, shown, one.label if logarithmic else "")
+    whose = ("References' training loss", "References' validation") if logarithmic else ("Training loss", "Validation")
+    loss.set_title(f"{whose[0]}, bits per byte")
+    validation.set_title(f"{whose[1]}, bits per byte")
+    panels = [loss, validation, *([gap] if gap is not None else [])]
     for axes in panels:
         axes.set_xlabel("optimizer step")
         lines(axes)
-        _limit(axes)
+        if not (logarithmic and axes is gap):
+            _limit(axes)
     if averaged > 1:
-        panels[0].set_xlabel(f"optimizer step; each point the mean of {averaged}")
-    if compared:
-        panels[2].set_title(distance)
+        loss.set_xlabel(f"optimizer step; each point the mean of {averaged}")
+    if gap is not None:
+        gap.set_title(distance)
         if logarithmic:
-            panels[2].set_yscale("log")
-            panels[2].yaxis.set_major_locator(LogLocator(numticks=8))
+            gap.set_yscale("log")
+            gap.yaxis.set_major_locator(LogLocator(numticks=8))
+            gap.yaxis.set_major_formatter(lambda value, _: power(value))
         else:
-            panels[2].axhline(0, color=DARK, linewidth=1.0)
-    legend(chart, panels[0].get_legend_handles_labels()[0], 3)
+            gap.axhline(0, color=DARK, linewidth=1.0)
+    legend(chart, [entry for axes in panels for entry in axes.get_legend_handles_labels()[0]], 3)
     caption(chart, *about)
     return chart
 
 
-def _look(one: Drawn, several: bool) -> dict[str, Any]:
-    """A colour for each of those that are compared; where there are several references, dashes for each one's."""
-    return {"color": look(one.place)["color"], "linestyle": look(one.group if several else one.place)["linestyle"]}
+def _look(one: Drawn, several: bool, place: int) -> dict[str, Any]:
+    """A colour and a marker for each of those that are compared; where there are several references, each one's
+    dashes, and markers filled or open by turns. Markers are not all at the same steps: lines may cover each other."""
+    shown = look(one.place)
+    dashes = look(one.group if several else one.place)["linestyle"]
+    face = "white" if one.group % 2 else shown["color"]
+    points = max(len(one.losses.steps), 1)
+    every = max(1, points // 6)
+    marks = {"markevery": (place * every // 6 % points, every), "markersize": 4, "markerfacecolor": face}
+    return shown | {"linestyle": dashes} | marks
 
 
-def _draw(axes: Axes, over: Seeds, shown: dict[str, Any], label: str = "") -> None:
-    """Each seed thin, their mean thick and its interval as a band; one seed alone as a line."""
-    if over.mean is None or over.low is None or over.high is None:
-        axes.plot(over.steps, over.values[0], label=label, **shown)
+def draw_seeds(axes: Axes, over: Seeds, shown: dict[str, Any], label: str = "") -> None:
+    """Each seed thin, their mean thick and its interval, if there is one, as a band; one seed alone as a line.
+
+    Args:
+        shown: the look of the line, as `look` has it and perhaps more.
+    """
+    steps = np.asarray(over.steps)
+    if len(steps) < 3 * shown["markevery"][1]:  # validations are few: a marker at each
+        shown = shown | {"markevery": 1}
+    if over.mean is None:
+        axes.plot(steps, over.values[0], label=label, **shown)
         return
     for each in over.values:
-        axes.plot(over.steps, each, color=shown["color"], linewidth=0.5, alpha=0.5)
-    axes.fill_between(over.steps, over.low, over.high, color=shown["color"], alpha=0.15, linewidth=0)
-    axes.plot(over.steps, over.mean, linewidth=1.6, label=label, **shown)
+        axes.plot(steps, each, color=shown["color"], linewidth=0.5, alpha=0.5)
+    if over.low is not None and over.high is not None:
+        axes.fill_between(steps, over.low, over.high, color=shown["color"], alpha=0.15, linewidth=0)
+    axes.plot(steps, over.mean, label=label, **({"linewidth": 1.6} | shown))
 
 
 def _limit(axes: Axes) -> None:

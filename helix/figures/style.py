@@ -15,11 +15,12 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
+from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import FixedLocator, NullLocator
 from matplotlib.typing import ColorType
 
@@ -159,6 +160,35 @@ def key(words: str, face: ColorType, hatch: str = "") -> Patch:
     return Patch(facecolor=face, edgecolor=ink(face) if hatch else DARK, hatch=hatch, linewidth=0.5, label=words)
 
 
+def power(value: float) -> str:
+    """A power of ten for an axis, as 1e-15: as mathematics its exponent would be smaller than `SMALL`."""
+    return (
+        f"{value:g}" if 1e-2 <= value < 1e4 else np.format_float_scientific(value, precision=1, trim="-", exp_digits=1)
+    )
+
+
+def note(axes: Axes, place: float, words: str) -> None:
+    """Words at the right of a row's panel."""
+    axes.annotate(
+        words, (1, place), (6, 0), ("axes fraction", "data"), "offset points", va="center", fontsize=SMALL, color=DARK
+    )  # fmt: skip
+
+
+def cell(
+    axes: Axes, column: int, row: int, words: str, face: ColorType, *, hatch: str = "", bold: bool = False
+) -> None:
+    """A square of a map with what it says; on a hatch the words have a ground of their own."""
+    edge: ColorType = "0.35" if hatch else LINE
+    axes.add_patch(
+        Rectangle((column - 0.5, row - 0.5), 1, 1, facecolor=face, edgecolor=edge, hatch=hatch, linewidth=0.5)
+    )
+    ground: Any = {"facecolor": face, "edgecolor": "none", "pad": 1} if hatch else None
+    weight = "bold" if bold else "normal"
+    axes.text(
+        column, row, words, ha="center", va="center", fontsize=SMALL + 0.5, color=ink(face), weight=weight, bbox=ground
+    )  # fmt: skip
+
+
 def categories(axes: Axes, names: Iterable[str]) -> None:
     """Names down the y axis, the first on top."""
     names = list(names)
@@ -180,6 +210,17 @@ def require(frame: pd.DataFrame, *columns: str) -> None:
         )
     if not len(frame):
         raise ValueError(f"this figure needs at least one row of {', '.join(columns)}, and the frame has none")
+
+
+def above_0(frame: pd.DataFrame, *columns: str) -> None:
+    """Check that what has a logarithmic axis can be on it; missing columns and missing values can.
+
+    Raises:
+        ValueError: naming the first value that cannot.
+    """
+    for name in (name for name in columns if name in frame):
+        if len(wrong := [value for value in frame[name].astype(float) if value <= 0 or value == math.inf]):
+            raise ValueError(f"the axis is logarithmic, so that {name} has to be above 0 and finite, not {wrong[0]:g}")
 
 
 def log_ticks(axes: Axes, low: float, high: float, text: Callable[[float], str], most: int = 8) -> None:

@@ -5,15 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from matplotlib import colormaps, rc_context
-from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from helix.config.words import figure
-from helix.figures.style import DARK, MAP, PALE, SMALL, STYLE, TEXT, caption, categories, ink, picture, require
+from helix.figures.style import MAP, PALE, STYLE, TEXT, caption, categories, cell, picture, require
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -42,11 +40,11 @@ def heat_map(grids: pd.DataFrame, others: str = "", about: str = "") -> Figure:
             here = grids[(grids["m"] == m) & (grids["n"] == n)]
             fastest = here[here["status"] == "done"]["tokens_per_s"].max()
             if fastest == fastest:  # not NaN: measured
-                colour = colours(norm(fastest))
-                axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, facecolor=colour, edgecolor="white"))
-                axes.text(column, row, figure(fastest), ha="center", va="center", color=ink(colour))
-            else:
-                _blank(axes, column, row, here["status"].iloc[0] if len(here) else "")
+                cell(axes, column, row, figure(fastest), colours(norm(fastest)))
+            elif len(here):  # the others the sweep did not ask for: they stay white
+                status = here["status"].iloc[0]
+                words = {"skipped": "cannot run", "open": "not run"}.get(status, status)
+                cell(axes, column, row, words, PALE, hatch="////")
     axes.set(
         xlim=(-0.5, len(ns) - 0.5), ylim=(len(ms) - 0.5, -0.5), xlabel="n, head groups", ylabel="m, feature slices"
     )
@@ -99,14 +97,3 @@ def bars(frame: pd.DataFrame, about: str = "") -> Figure:
     )
     caption(chart, about)
     return chart
-
-
-def _blank(axes: Axes, column: int, row: int, status: str) -> None:
-    """A cell without a figure. One that the sweep did not ask for stays white."""
-    if status:
-        axes.add_patch(
-            Rectangle((column - 0.5, row - 0.5), 1, 1, facecolor=PALE, edgecolor="0.7", hatch="////", linewidth=0)
-        )
-        box = {"facecolor": PALE, "edgecolor": "none", "pad": 1.2}
-        said = {"skipped": "cannot run", "open": "not run"}.get(status, status)
-        axes.text(column, row, said, ha="center", va="center", color=DARK, fontsize=SMALL, bbox=box)

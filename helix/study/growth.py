@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -26,6 +26,10 @@ from helix.partition.options import AttentionOptions
 from helix.partition.schedules import refusal
 from helix.partition.transformer_cost import TransformerCost
 
+if TYPE_CHECKING:
+    import pandas as pd
+
+MEASURED, CLOSED = "measured", "closed form"  # kinds of rows of a growth.csv
 _INSIDE = ("enter", "leave")  # ends of the names of what the residual stream moves, the same in every schedule
 
 
@@ -52,37 +56,53 @@ class Point:
 
 
 def draw_growth(jobs: Sequence[SweepJob], folder: Path) -> list[Path]:
-    """Write growth.png, if the jobs measured several schedules over several lengths, or over several m.
+    """Write growth.csv and growth.png, if the jobs measured several schedules over several lengths, or over several m.
 
     Returns:
-        the file, or nothing; of generation, whose prompts have lengths of their own, nothing.
+        the files, or none; of generation, whose prompts have lengths of their own, nothing.
     """
     jobs = [job for job in jobs if isinstance(job.settings, InferConfig) and job.settings.model.kind != PRETRAINED]
     for name, of in (("L, tokens of one sequence", _length), ("m, feature slices (ranks of a head group)", _slices)):
         points = list(_points(jobs, of))
         schedules, xs = {point.schedule for point in points}, {point.x for point in points}
         if len(schedules) > 1 and len(xs) > 1 and _is_one_line_each(points):
-            return [save(growth(points, name), folder / "growth.png")]
+            figures, about = table(points, name), _provenance(points)
+            figures.to_csv(folder / "growth.csv", index=False)
+            return [folder / "growth.csv", save(growth(figures, about), folder / "growth.png")]
     return []
 
 
-def growth(points: Sequence[Point], name: str) -> Figure:
-    """The picture of some points.
+def table(points: Sequence[Point], name: str) -> pd.DataFrame:
+    """All that the picture shows, so that it can be drawn again without the runs.
 
     Args:
         name: of x.
+
+    Returns:
+        columns `kind`, `x_name`, `schedule`, `x`, `bytes`, `step_ms`, `low`, `high` and `error`. Rows of the kind
+        `measured` are the points; those of the kind `closed form` are the lines, which have no interval or error.
     """
     import pandas as pd
 
     predict, xs = _fit(points), sorted({point.x for point in points})
-    lines = []
+    names = ("schedule", "x", "bytes", "step_ms", "low", "high", "error")
+    rows = [{"kind": MEASURED} | {key: getattr(point, key) for key in names} for point in points]
     for schedule in dict.fromkeys(point.schedule for point in points):
         own = sorted((point for point in points if point.schedule == schedule), key=lambda point: point.x)
         for x, cost in _curve(own, xs):
-            lines.append({"schedule": schedule, "x": x, "bytes": _inside(cost), "step_ms": predict(cost)})
-    names = ("schedule", "x", "bytes", "step_ms", "low", "high", "error")
-    frame = pd.DataFrame([{key: getattr(point, key) for key in names} for point in points])
-    return drawing.growth(frame, pd.DataFrame(lines), name, _provenance(points))
+            found = {"schedule": schedule, "x": x, "bytes": _inside(cost), "step_ms": predict(cost)}
+            rows.append({"kind": CLOSED} | found)
+    return pd.DataFrame(rows).assign(x_name=name)[["kind", "x_name", *names]]
+
+
+def growth(figures: pd.DataFrame, about: str = "") -> Figure:
+    """The picture of a `table`, or of a growth.csv.
+
+    Args:
+        about: where the figures come from.
+    """
+    points, lines = (figures[figures["kind"] == kind] for kind in (MEASURED, CLOSED))
+    return drawing.growth(points, lines, str(figures["x_name"].iloc[0]), about)
 
 
 def _provenance(points: Sequence[Point]) -> str:

@@ -11,12 +11,11 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from helix.figures import exchange, maps, ownership, predictions, style
+from helix.figures import exchange, growth, maps, ownership, predictions, style
 from helix.figures.traffic import bytes_of
 from helix.partition.cost import AttentionCost
 from helix.partition.grid import Grid, HeadLayout
 from helix.planner.catalogue import model
-from paper.report import words
 from paper.report.measured import traffic
 from paper.report.sources import Sources
 
@@ -97,27 +96,13 @@ def _length(bench: dict[str, Any]) -> int:
 
 
 @_drawn("growth")
-@rc_context(style.STYLE)
 def _growth(sources: Sources) -> Figure:
     """Bytes inside attention: those of a schedule less those of `perslice`, which moves none there."""
     frame = _sent(sources)
     inside = frame.sub(frame["perslice"], axis=0).drop(columns="perslice")
-    chart = style.picture(style.COLUMN, 2.5)
-    axes = chart.subplots()
-    for schedule in inside:
-        look = style.SCHEDULES[str(schedule)]
-        points = {key: look[key] for key in ("color", "marker")}
-        axes.plot(inside.index, inside[schedule], linestyle="none", label=str(schedule), **points)
-        curve = [_closed(sources, str(schedule), length) for length in inside.index]
-        axes.plot(inside.index, curve, color=look["color"], linestyle=look["linestyle"])
-    axes.set(xscale="log", yscale="log", xlabel="L, tokens of one sequence", ylabel="bytes inside attention")
-    axes.xaxis.set_major_locator(FixedLocator(list(inside.index)))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0f}")
-    axes.yaxis.set_major_formatter(lambda value, _: words.size(value))
-    axes.grid()
-    axes.legend(loc="upper left")
-    return chart
+    points = inside.rename_axis(index="x").reset_index().melt(id_vars="x", var_name="schedule", value_name="bytes")
+    closed = [_closed(sources, *each) for each in zip(points["schedule"], points["x"], strict=True)]
+    return growth.bytes_inside(points, points.assign(bytes=closed), wide=style.COLUMN)
 
 
 def _sent(sources: Sources) -> pd.DataFrame:
