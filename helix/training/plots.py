@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -12,6 +12,9 @@ from helix.figures import settings as figure
 from helix.figures import training
 from helix.study.plots import days, machine
 from helix.training.compare import Curve, Setting, band, loss_gaps, together
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 # Settings whose losses stay this near to the reference's, in nats, compute the same function: their distance is drawn
 # on a logarithmic axis.
@@ -28,11 +31,46 @@ def draw_run(report: dict[str, Any]) -> Figure:
     return training.run(report, *_provenance([report]))
 
 
-def draw_settings(settings: Sequence[Setting]) -> Figure:
+def losses(settings: Sequence[Setting]) -> pd.DataFrame:
+    """All curves of a sweep's picture, so that it can be drawn again without the runs; see `settings_from`.
+
+    Returns:
+        columns `setting`, `reference`, `seed`, `step`, `loss` (nats a token) and `validation_bpb`, missing at the
+        steps that had none.
+    """
+    import pandas as pd
+
+    rows = []
+    for setting in settings:
+        for seed, report in setting.reports.items():
+            validated = {each["step"]: each["bpb"] for each in report["validations"]}
+            reference = setting.reference.label if setting.reference else None
+            rows += [
+                (setting.label, reference, seed, step, loss, validated.get(step))
+                for step, loss in enumerate(report["losses"], 1)
+            ]
+    return pd.DataFrame(rows, columns=["setting", "reference", "seed", "step", "loss", "validation_bpb"])
+
+
+def settings_from(frame: pd.DataFrame) -> list[Setting]:
+    """The settings of `losses`, as read from a CSV too; their reports hold nothing but the curves."""
+    found: dict[str, Setting] = {}
+    for label, own in frame.groupby("setting", sort=False):
+        reports = {}
+        for seed, run in own.groupby("seed"):
+            validated = run.dropna(subset="validation_bpb")
+            validations = [{"step": row.step, "bpb": row.validation_bpb} for row in validated.itertuples()]
+            reports[int(str(seed))] = {"losses": run["loss"].tolist(), "validations": validations}
+        found[str(label)] = Setting(str(label), reports, found.get(str(own["reference"].iloc[0])))
+    return list(found.values())
+
+
+def draw_settings(settings: Sequence[Setting], about: str | None = None) -> Figure:
     """Training loss and validation of each setting; and, where something is compared, its distance to the reference.
 
     Args:
         settings: of a sweep, some of them with reports.
+        about: where they come from, where their reports do not say it.
     """
     shown = [setting for setting in settings if setting.reports]
     reports = [report for setting in shown for report in setting.reports.values()]
@@ -55,7 +93,8 @@ def draw_settings(settings: Sequence[Setting]) -> Figure:
         else f"seed {seeds[0]}"
     )
     averaged = training.width(max(len(report["losses"]) for report in reports))
-    return figure.settings(drawn, words, logarithmic, averaged, *_provenance(reports), over)
+    where = _provenance(reports) if about is None else (about,)
+    return figure.settings(drawn, words, logarithmic, averaged, *where, over)
 
 
 def _places(settings: Sequence[Setting]) -> list[tuple[int, int]]:
@@ -88,7 +127,7 @@ def _distances(settings: Sequence[Setting]) -> tuple[str, bool, dict[str, figure
     names = list(dict.fromkeys(setting.reference.label for setting in pairs if setting.reference is not None))
     name = names[0] if len(names) == 1 else "the reference"
     if max(float(np.nanmax(found)) for found in gaps.values()) < _SAME:
-        words = f"Training loss: largest distance so far to that of {name}, nats a token"
+        words = f"Training loss: largest distance so far to that of {name}, nats a token (0 at the bottom)"
         return words, True, {label: _largest(found) for label, found in gaps.items()}
     words = f"Validation above {name}'s, bits per byte"
     return words, False, {setting.label: _over([_minus(*pair) for pair in setting.pairs]) for setting in pairs}
