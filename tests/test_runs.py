@@ -196,10 +196,8 @@ def test_a_line_that_is_no_record_costs_only_itself(tmp_path: Path, monkeypatch:
 
 
 def test_a_run_is_read_whatever_the_locale(finished: Path) -> None:
-    code = (
-        "import sys; from pathlib import Path; from helix.study.wandb_records import read_run; "
-        "run = read_run(Path(sys.argv[1])); print(ascii(run.config['note']), run.fault)"
-    )
+    code = "from pathlib import Path; from helix.study.wandb_records import read_run; import sys; "
+    code += "run = read_run(Path(sys.argv[1])); print(ascii(run.config['note']), run.fault)"
     env = {**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
     command = [sys.executable, "-c", code, str(file_of(finished))]
     said = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
@@ -225,8 +223,8 @@ def test_a_folder_that_cannot_be_read_is_named(finished: Path, monkeypatch: pyte
 
 
 def test_two_values_of_one_name_are_named(finished: Path) -> None:
-    report = finished / "0" / "report.json"
-    report.write_text(json.dumps(json.loads(report.read_text()) | {"a": {"b": 1}, "a.b": 2}))
+    path = finished / "0" / "report.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"a": {"b": 1}, "a.b": 2}))
     with pytest.warns(DamagedRun, match=r"report.json: it has two values for 'a.b'; the later one is kept"):
         assert one(load_runs(finished))["report.a.b"] == 2
     faults: list[str] = []
@@ -235,11 +233,7 @@ def test_two_values_of_one_name_are_named(finished: Path) -> None:
 
 
 def test_numbers_stand_for_their_names_at_any_depth() -> None:
-    assert numbers({"a": [1, {"b": "-Infinity"}], "c": "Inf", "d": None}) == {
-        "a": [1, {"b": -math.inf}],
-        "c": "Inf",
-        "d": None,
-    }
+    assert numbers({"a": [1, {"b": "-Infinity"}], "c": "Inf"}) == {"a": [1, {"b": -math.inf}], "c": "Inf"}
 
 
 def test_columns_are_as_long_as_there_are_records() -> None:
