@@ -31,6 +31,10 @@ class Check:
         return self.error / self.bound
 
     @property
+    def is_gradient(self) -> bool:
+        return self.tensor.startswith("gradient")
+
+    @property
     def passed(self) -> bool:
         return self.error <= self.bound
 
@@ -90,11 +94,11 @@ class Row:
 
     @property
     def worst_output(self) -> Check | None:
-        return self._worst([each for each in self._checks() if not each.tensor.startswith("gradient")])
+        return self._worst([each for each in self._checks() if not each.is_gradient])
 
     @property
     def worst_gradient(self) -> Check | None:
-        return self._worst([each for each in self._checks() if each.tensor.startswith("gradient")])
+        return self._worst([each for each in self._checks() if each.is_gradient])
 
     @property
     def sent_bytes(self) -> int:
@@ -111,9 +115,12 @@ class Row:
         return next(self.failures(), None) is None
 
     def failures(self) -> Iterator[str]:
-        """What is wrong, each a sentence that names rank, schedule, precision and tensor; the worst ones first."""
-        wrong = [(check.ratio, rank, check) for rank, check in self._ranked() if not check.passed]
-        for _, rank, check in sorted(wrong, key=lambda each: -each[0]):
+        """What is wrong, each a sentence that names rank, schedule, precision and tensor.
+
+        Outputs come before gradients, which a wrong output makes wrong as well, and the worst ones first.
+        """
+        wrong = [(rank, check) for rank, check in self._ranked() if not check.passed]
+        for rank, check in sorted(wrong, key=lambda each: (each[1].is_gradient, -each[1].ratio)):
             yield (
                 f"rank {rank}, {self.case.name}: the {check.tensor} is off by {check.error:.1e}, and rounding "
                 f"explains {check.bound:.1e}"

@@ -8,6 +8,7 @@ import platform
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -148,12 +149,13 @@ def certify(plan: Plan, mesh: Mesh) -> Certificate:
             progress.refresh()
             mine.append(check.check(case))
             progress.advance(task)
-    ours = (mine, socket.gethostname(), _name(device))
+    about = _about() | {"made_at": now()} if dist.get_rank() == 0 else {}
+    ours = (mine, socket.gethostname(), _name(device), about)
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, ours)
-    rows = tuple(Row(case, tuple(found[number] for found, _, _ in everyone)) for number, case in enumerate(plan.cases))
+    rows = tuple(Row(case, tuple(each[0][number] for each in everyone)) for number, case in enumerate(plan.cases))
     hosts, devices = (tuple(each[place] for each in everyone) for place in (1, 2))
-    return Certificate(plan.subject, rows, dist.get_backend(), hosts, devices, _about(), plan.omitted)
+    return Certificate(plan.subject, rows, dist.get_backend(), hosts, devices, everyone[0][3], plan.omitted)
 
 
 class _Checks:
@@ -214,6 +216,7 @@ def _name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
 
 
+@cache
 def _about() -> dict[str, Any]:
     machine = {"system": platform.platform(), "cores": os.cpu_count()}
     return {
@@ -221,5 +224,4 @@ def _about() -> dict[str, Any]:
         "machine": machine,
         "command": command(),
         "git_commit": git_commit(),
-        "made_at": now(),
     }
