@@ -9,10 +9,6 @@ from pathlib import Path
 from typing import cast
 
 from helix.certify.cases import PRECISIONS
-from helix.command.choose import choose
-from helix.command.cli import REFUSALS
-from helix.command.compose import VERSION_BASE, prepare, typed
-from helix.command.explain import explain
 from helix.config import environment
 from helix.config.check import check_device, check_sizes, check_started, check_values
 from helix.config.schema import (
@@ -89,12 +85,17 @@ def settings(overrides: Sequence[str], conf: Path = CONF) -> InferConfig:
     Raises:
         ConfigError, PartitionError: in one sentence with the legal choices.
     """
+    from hydra import compose, initialize_config_dir
+
+    from helix.command.choose import choose
+    from helix.command.cli import REFUSALS
+    from helix.command.compose import VERSION_BASE, prepare, typed
+    from helix.command.explain import explain
+
     words = list(overrides)
     if wrong := next((word for word in words if "=" not in word), None):
         raise ConfigError(f"{wrong!r} is no setting; write KEY=VALUE, as parallel=helix_4x4 or model=dense")
     prepare((), "infer", InferConfig)
-    from hydra import compose, initialize_config_dir
-
     try:
         with initialize_config_dir(str(conf), version_base=VERSION_BASE, job_name="verify"):
             one = cast(InferConfig, typed(compose("infer", words), conf))
