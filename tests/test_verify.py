@@ -30,18 +30,19 @@ SMALL = ("parallel=helix_2x1", "model=tiny", "--precisions", "fp32")
 SHAPE = TransformerShape(1, 24, heads=4, kv_heads=2, head_dim=8, mlp_hidden=24, vocab=50, qk_norm=True)
 
 
-def ended(words: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+def ended(words: list[str], capfd: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
     try:
         main(["verify", *words])
         code = 0
     except SystemExit as stopped:
         code = int(stopped.code or 0)
-    return code, *capsys.readouterr()
+    return code, *capfd.readouterr()
 
 
-def test_what_is_exact_is_certified(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, err = ended([*SMALL, "--json", str(tmp_path / "c.json")], capsys)
-    assert (code, err) == (0, "")
+def test_what_is_exact_is_certified(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    code, out, err = ended([*SMALL, "--json", str(tmp_path / "c.json")], capfd)
+    assert err == ""
+    assert code == 0
     assert "✓ helix_2x1 is exact here: 15 of 15 cases" in out
     found = json.loads((tmp_path / "c.json").read_text())
     assert found["passed"]
@@ -59,13 +60,13 @@ def test_what_is_exact_is_certified(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert all(count["executed"] == count["predicted"] > 0 for rank in layer["ranks"] for count in rank["bytes"])
 
 
-def test_what_is_wrong_ends_with_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_wrong_ends_with_one_sentence(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """The patch is in place when the ranks are forked. What was found is written all the same."""
     (mutation,) = (each for each in MUTATIONS if each.name == "mask left out")
-    words = [*SMALL, "parallel.schedule=heads", "--json", str(tmp_path / "c.json")]
+    words = ["parallel.schedule=heads", *SMALL, "--json", str(tmp_path / "c.json")]
     with mutation.patch():
-        code, out, err = ended(words, capsys)
-    assert code == 1
+        code, out, err = ended(words, capfd)
+    assert code == 1, err
     (sentence,) = err.splitlines()
     form = (
         r".*helix_2x1 is not exact here in 2 of 5 cases; rank \d, layer, heads, fp32: the output is off by \S+, and "
@@ -88,7 +89,7 @@ def test_what_is_wrong_ends_with_one_sentence(tmp_path: Path, capsys: pytest.Cap
         (["parallel=helix_3x1", "model=tiny"], "parallel=helix_3x1"),
         (["dense"], "'dense' is no setting; write KEY=VALUE, as parallel=helix_4x4 or model=dense"),
         (["parallel=helix_2x2", "model=tiny", "model.kv_heads=2", "parallel.schedule=heads"], "legal: auto, perslice"),
-        (["parallel=helix_2x1", "--precisions", "fp8"], "invalid choice: 'fp8'"),
+        (["parallel=helix_2x1", "--precisions", "fp32,fp8"], "there is no precision 'fp8'; choose of: fp64,"),
         (["parallel=helix_2x1", "device=cuda"], "device=cuda needs a GPU for each of 2 ranks"),
         (["parallel=helix_64x16", "model.head_dim=64"], "is 1024 ranks, and this machine takes"),
         (["ckpt=x"], "ckpt=x is not read by verify, which draws its weights and inputs; leave it out"),
@@ -96,10 +97,10 @@ def test_what_is_wrong_ends_with_one_sentence(tmp_path: Path, capsys: pytest.Cap
     ],
 )
 def test_wrong_input_is_refused_in_a_sentence(
-    words: list[str], said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    words: list[str], said: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("helix.certify.run.launch", lambda *args, **kwargs: pytest.fail("something was launched"))
-    code, out, err = ended(words, capsys)
+    code, out, err = ended(words, capfd)
     assert (code, out) == (2, "")
     assert said in err
     assert len(err.splitlines()) == 1
@@ -211,5 +212,6 @@ def test_a_deviation_is_never_small_by_accident() -> None:
     assert deviation(torch.tensor([1.5, -4.0]), whole, 4.0) == 0.125
     for value in ([1.0, math.nan], [math.inf, -4.0], [1.0]):
         assert deviation(torch.tensor(value), whole, 4.0) == math.inf
+    assert deviation(None, whole, 4.0) == math.inf
     assert deviation(torch.zeros(2), torch.zeros(2).double(), 0.0) == 0.0
     assert deviation(torch.ones(2), torch.zeros(2).double(), 0.0) == math.inf

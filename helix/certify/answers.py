@@ -111,9 +111,9 @@ def own_part(name: str, whole: Tensor, subject: Subject, rank: int) -> Tensor:
     return own.unflatten(dim + 1, (subject.shape.layout.parts, -1))
 
 
-def deviation(value: Tensor, expected: Tensor, scale: float) -> float:
-    """The largest deviation, relative to `scale`; infinite for another shape, or where there is no number."""
-    if value.shape != expected.shape:
+def deviation(value: Tensor | None, expected: Tensor, scale: float) -> float:
+    """The largest deviation, relative to `scale`; infinite for another shape or none, or where there is no number."""
+    if value is None or value.shape != expected.shape:
         return float("inf")
     if not value.numel():
         return 0.0

@@ -40,21 +40,38 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--all", action="store_true", help="every legal schedule, also where one is asked for")
     parser.add_argument(
         "--precisions",
-        nargs="+",
-        choices=PRECISIONS,
+        type=_precisions,
         default=PRECISIONS,
-        help="of the attention layer and of decoding; default all four",
+        metavar="LIST",
+        help="of the attention layer and of decoding; default fp64,fp32,bf16,fp16",
     )
     parser.add_argument("--json", type=Path, metavar="PATH", help="write every figure of every rank here")
 
 
+def _precisions(text: str) -> tuple[str, ...]:
+    names = tuple(text.split(","))
+    if unknown := next((name for name in names if name not in PRECISIONS), None):
+        raise argparse.ArgumentTypeError(f"there is no precision {unknown!r}; choose of: {','.join(PRECISIONS)}")
+    return names
+
+
 def run(options: argparse.Namespace) -> None:
-    """Verify what was asked for, and print the certificate.
+    """Verify what was asked for, and print the certificate; of ranks that a launcher started one alone speaks.
 
     Raises:
         ConfigError, PartitionError: in one sentence, before anything is launched.
         RuntimeError: naming rank, schedule, precision and tensor, if anything is not exact.
+        SystemExit: instead, on ranks that do not speak.
     """
+    try:
+        _verify(options)
+    except (ConfigError, PartitionError, RuntimeError) as error:
+        if environment.speaks():
+            raise
+        raise SystemExit(1 if isinstance(error, RuntimeError) else 2) from None
+
+
+def _verify(options: argparse.Namespace) -> None:
     if options.json is not None:
         check_file("--json", options.json)
     one = settings(options.overrides)

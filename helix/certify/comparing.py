@@ -42,17 +42,9 @@ def copies(name: str, parameter: Tensor) -> list[Copy]:
     return [copy(f"gradient of {name}", ", ".join(shard) or "the grid", gradient.to_local())]
 
 
-def local_gradient(parameter: Tensor) -> Tensor:
-    """This rank's shard of a parameter's gradient.
-
-    Raises:
-        ValueError: if there is none, or it is still to be summed over ranks.
-    """
+def local_gradient(parameter: Tensor) -> Tensor | None:
+    """This rank's shard of a parameter's gradient; None if there is none, or it is still to be summed over ranks."""
     gradient = parameter.grad
-    if gradient is None:
-        raise ValueError("a parameter has no gradient")
     if isinstance(gradient, DTensor):
-        if any(each.is_partial() for each in gradient.placements):
-            raise ValueError("a gradient is still to be summed over ranks")
-        return gradient.to_local()
+        return None if any(each.is_partial() for each in gradient.placements) else gradient.to_local()
     return gradient

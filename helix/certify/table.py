@@ -111,7 +111,7 @@ def _short(check: Check | None) -> str:
     if check is None:
         return ""
     name = check.tensor.removeprefix("gradient of ").removeprefix("the ").removeprefix("blocks.")
-    return name.replace("attention.", "attn.").removesuffix(".weight")
+    return name.replace("attention", "attn").removesuffix(".weight")
 
 
 def _notes(certificate: Certificate) -> list[RenderableType]:
