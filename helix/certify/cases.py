@@ -95,7 +95,7 @@ def subject_of(
     check_ends(shape.layout, shape.width, options.aggregate, options.projection)
     check_routing(shape)
     held = _held(shape, grid, tied=options.aggregate == "concat" or options.projection == "block")
-    names = ("layers", "width", "heads", "kv_heads", "mlp_hidden", "vocab")
+    names = ("width", "heads", "kv_heads", *(("layers", "mlp_hidden", "vocab") if whole else ()))
     pairs = ((name, getattr(shape, name), getattr(held, name)) for name in names)
     cut = tuple(f"{name} {old} -> {new}" for name, old, new in pairs if old != new)
     length = max(5, 2 * grid.m + 1 if grid.m <= 4 else grid.m + 1)
