@@ -43,7 +43,7 @@ def test_what_is_exact_is_certified(tmp_path: Path, capfd: pytest.CaptureFixture
     code, out, err = ended([*SMALL, "--json", str(tmp_path / "c.json")], capfd)
     assert err == ""
     assert code == 0
-    assert "✓ helix_2x1 is exact here: 15 of 15 cases" in out
+    assert "✓ helix_2x1 is exact here: 16 of 16 cases" in out
     found = json.loads((tmp_path / "c.json").read_text())
     assert found["passed"]
     assert found["failures"] == []
@@ -69,11 +69,11 @@ def test_what_is_wrong_ends_with_one_sentence(tmp_path: Path, capfd: pytest.Capt
     assert code == 1, err
     (sentence,) = err.splitlines()
     form = (
-        r".*helix_2x1 is not exact here in 2 of 5 cases; rank \d, layer, heads, fp32: the output is off by \S+, and "
+        r".*helix_2x1 is not exact here in 2 of 6 cases; rank \d, layer, heads, fp32: the output is off by \S+, and "
         r"rounding explains \S+"
     )
     assert re.fullmatch(form, sentence), sentence
-    assert "✗ helix_2x1 is not exact here: 2 of 5 cases failed" in out
+    assert "✗ helix_2x1 is not exact here: 2 of 6 cases failed" in out
     assert not json.loads((tmp_path / "c.json").read_text())["passed"]
 
 

@@ -51,22 +51,25 @@ class Answers:
 
     def __init__(self, subject: Subject, seed: int, device: torch.device) -> None:
         self.subject, self.seed, self.device = subject, seed, device
-        self._known: dict[Function, Answer] = {}
+        self._known: dict[tuple[Function, float], Answer] = {}
 
-    def of(self, function: Function) -> Answer:
-        if function not in self._known:
-            self._known[function] = self._answer(function)
-        return self._known[function]
+    def of(self, function: Function, queries: float = 1.0) -> Answer:
+        """The answer, with queries so many times their usual size."""
+        if (function, queries) not in self._known:
+            self._known[function, queries] = self._answer(function, queries)
+        return self._known[function, queries]
 
     @torch.enable_grad()
-    def _answer(self, function: Function) -> Answer:
+    def _answer(self, function: Function, queries: float) -> Answer:
         subject, shape = self.subject, self.subject.shape
         generator = torch.Generator().manual_seed(self.seed)
 
         def draw(*size: int, std: float = 1.0, mean: float = 0.0) -> Tensor:
             return exact(torch.randn(size, generator=generator) * std + mean).to(self.device)
 
-        weights = {name: w.requires_grad_() for name, w in self._weights(function, draw).items()}
+        weights = self._weights(function, draw)
+        weights["q_norm" if shape.qk_norm else "wq"] *= queries
+        weights = {name: w.requires_grad_() for name, w in weights.items()}
         x = draw(subject.batch, subject.length, shape.width).requires_grad_()
         grad = draw(subject.batch, subject.length, shape.width)
         dense = dict(weights)

@@ -132,10 +132,15 @@ def layer_bounds(subject: Subject, precision: str, slices: int = 1) -> dict[str,
     return {name: each.bound(precision) for name, each in found.items()}
 
 
-def decode_bound(subject: Subject, precision: str) -> float:
-    """Of an output: the forward, and the merge of m partial ones, each stored, weighed and added."""
+def decode_bound(subject: Subject, precision: str, queries: float = 1.0) -> float:
+    """Of an output: the forward, and the merge of m partial ones, each stored, weighed and added.
+
+    Args:
+        queries: times their usual size. So are the scores' errors then, and a score's error is its weight's relative
+            one.
+    """
     merge = Roundings(0, 3, subject.grid.m)
-    return (attention_forward(subject) + merge).bound(precision)
+    return (attention_forward(subject) + merge).bound(precision) * queries
 
 
 def model_bounds(subject: Subject, precision: str, slices: int = 1) -> tuple[float, float]:

@@ -21,6 +21,7 @@ PRECISIONS = ("fp64", "fp32", "bf16", "fp16")
 HELD_PARAMETERS = 8_000_000  # fp64 weights and their gradients: 128 MB a rank
 HELD_LAYERS = 2  # the second one's input has come through a first
 _LEAST = 64  # no width is cut below this
+LARGE = 128.0  # times the usual size: exp of such scores, not taken relative to their largest, overflows in fp32
 _STEPS = 3  # of decoding: as many as take turns on the ranks of a group of three
 
 
@@ -62,16 +63,19 @@ class Case:
         schedule: of the layer or model; of decoding the prompt's.
         precision: one of `PRECISIONS`.
         decode: how a head group's cache is cut.
+        queries: times their usual size, a power of two.
     """
 
     what: str
     schedule: str
     precision: str
     decode: str | None = None
+    queries: float = 1.0
 
     @property
     def way(self) -> str:
-        return self.schedule if self.decode is None else f"{self.schedule}, {self.decode}"
+        way = self.schedule if self.decode is None else f"{self.schedule}, {self.decode}"
+        return way if self.queries == 1 else f"{way}, large scores"
 
     @property
     def name(self) -> str:
@@ -142,6 +146,10 @@ def cases_of(subject: Subject, schedules: Sequence[str], precisions: Sequence[st
     layers = [Case("layer", schedule, each) for schedule in schedules for each in precisions]
     models = [Case("model", schedule, precision) for schedule in schedules] if subject.whole else []
     decodes = [Case("decode", first, each, then) for first, then in _phases(subject) for each in precisions]
+    if "fp32" in precisions and subject.grid.m > 1:
+        # 16 bits merge in fp32 as well, and could not resolve such scores.
+        pairs = [(first, then) for first, then in _phases(subject) if then == "kvseq"]
+        decodes += [Case("decode", first, "fp32", then, LARGE) for first, then in pairs[:1]]
     generates = subject.shape.causal and subject.batch >= subject.grid.m  # samples are dealt out whole
     return [*layers, *models, *(decodes if generates else [])]
 

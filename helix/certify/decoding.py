@@ -69,7 +69,7 @@ class _Generating:
 def check_decode(subject: Subject, case: Case, mesh: Mesh, answers: Answers) -> Found:
     assert case.decode is not None
     options = AttentionOptions(residual="replicated")
-    answer, dtype = answers.of(Function()), DTYPES[case.precision]
+    answer, dtype = answers.of(Function(), case.queries), DTYPES[case.precision]
     layer = build(subject, options, mesh, dtype, answer)
     batch, length = subject.grid.m, subject.length  # samples are dealt out evenly
     x, y = (z.unflatten(0, (subject.batch, length))[:batch] for z in (answer.x, answer.y))
@@ -79,7 +79,7 @@ def check_decode(subject: Subject, case: Case, mesh: Mesh, answers: Answers) -> 
         outs = [one.call(qkv[:, :first])]
     with record() as steps:
         outs += [one.call(qkv[:, token : token + 1]) for token in range(first, length)]
-    bound, scale = decode_bound(subject, case.precision), float(answer.y.abs().max())
+    bound, scale = decode_bound(subject, case.precision, case.queries), float(answer.y.abs().max())
     checks = [Check("output of the prompt", deviation(outs[0], y[:, :first], scale), bound)]
     for number, out in enumerate(outs[1:]):
         token = slice(first + number, first + number + 1)
