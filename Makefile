@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup infer generate train test check lab clean
+.PHONY: setup infer generate train test check lab notebooks notebooks-stored paper clean
 
 setup: .venv/.stamp
 
@@ -38,7 +38,20 @@ check: setup
 	$(BIN)/lint-imports
 
 lab: setup
-	$(BIN)/jupyter lab
+	$(BIN)/jupyter lab notebooks
+
+# From scratch: runs of today, then every notebook on them. The executed copies and the runs stay in outputs/notebooks.
+notebooks: setup
+	rm -rf outputs/notebooks
+	notebooks/runs.sh outputs/notebooks/runs
+	$(BIN)/python notebooks/execute.py --runs outputs/notebooks/runs --to outputs/notebooks
+
+# The stored notebooks in place, on notebooks/data: after a change of their cells.
+notebooks-stored: setup
+	$(BIN)/python notebooks/execute.py --stored
+
+paper: setup
+	$(BIN)/python -m paper.build
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis

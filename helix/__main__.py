@@ -14,6 +14,7 @@ from helix.calibration import validate_command
 from helix.certify import command as verify_command
 from helix.checkpoint import command as checkpoint_command
 from helix.checkpoint.content import CheckpointError
+from helix.claims import command as claims_command
 from helix.command.sentences import complain
 from helix.config.schema import ConfigError
 from helix.partition.grid import PartitionError
@@ -37,6 +38,7 @@ _COMMANDS: dict[str, tuple[_Command, str]] = {
     "bench": (bench_command, "measure alternatives side by side, alternating in one launch"),
     "checkpoint": (checkpoint_command, "whole weights to and from one safetensors file"),
     "plan": (plan_command, "choose a layout for a machine, with its cost and why"),
+    "claims": (claims_command, "what holds of the papers: every claim, its verdict and what shows it"),
     "gguf": (gguf_command, "make a GGUF file a Hugging Face folder, which model.path= takes"),
 }
 

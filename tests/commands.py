@@ -30,7 +30,9 @@ IMPORTED = (
     "helix.study.inference",
     "helix.study.sweep",
     "helix.training.run",
+    "pandas",
     "transformers.models.llama.modeling_llama",
+    "wandb",
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from functools import cache
 
@@ -24,6 +25,7 @@ from helix.partition.grid import HeadLayout
 # another order, so its error is a few roundings times the length of the sums (up to 5,000 terms): 1e-16 * 1e4
 # is well inside 1e-10 for fp64, and 1e-5 for fp32 is DESIGN's bound, some 80 roundings of 1.2e-7.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+VANISHING = 1e-9  # beside the largest gradient: rounding is all that is there of what should be zero
 
 NORMS = ("q_norm", "k_norm")
 
@@ -131,12 +133,14 @@ def check(case: Case, mesh: Mesh | None) -> Result:
     with record() as backward:
         y.backward(grad)
     assert x.grad is not None
+    # Of a gradient that is zero but for rounding (one token: its softmax is 1) the others' size is the measure.
+    largest = max(gradient.abs().max().item() for gradient in expected.gradients.values())
     errors = {
-        name: error(value[: len(mine)], whole[mine.start : mine.stop], whole)
+        name: error(value[: len(mine)], whole[mine.start : mine.stop], whole, largest)
         for name, value, whole in (("y", y.detach(), expected.y), ("x", x.grad, expected.gradients["x"]))
     }
     for name, parameter in layer.named_parameters():
-        errors[name] = parameter_error(name, parameter, expected.gradients[name], a.layout, mesh)
+        errors[name] = parameter_error(name, parameter, expected.gradients[name], a.layout, mesh, largest)
     check_bytes(case, grid, mesh, forward)
     return Result(errors, dict(forward.bytes), dict(backward.bytes))
 
@@ -177,31 +181,36 @@ def shard(whole: Tensor, mine: range, padding: int, filler: float) -> Tensor:
     return torch.cat([rows, torch.full((padding, whole.shape[1]), filler, dtype=whole.dtype)])
 
 
-def error(value: Tensor, expected: Tensor, whole: Tensor) -> float:
-    """The largest deviation of this rank's part, relative to the largest value of the whole."""
+def error(value: Tensor, expected: Tensor, whole: Tensor, largest: float = 0.0) -> float:
+    """The largest deviation of this rank's part, relative to the largest value of the whole, or where that vanishes
+    beside `largest`, to this.
+    """
     assert value.shape == expected.shape
     if not value.numel():
         return 0.0
     deviation = (value.double() - expected).abs().max()
-    return (deviation / whole.abs().max()).item() if deviation.isfinite() else float("inf")
+    size = whole.abs().max().item()
+    return deviation.item() / (size if size > VANISHING * largest else largest) if deviation.isfinite() else math.inf
 
 
-def parameter_error(name: str, parameter: Tensor, whole: Tensor, layout: HeadLayout, mesh: Mesh | None) -> float:
+def parameter_error(
+    name: str, parameter: Tensor, whole: Tensor, layout: HeadLayout, mesh: Mesh | None, largest: float
+) -> float:
     """A gradient's error in the part that `Grid` says this rank owns, whatever its DTensor believes."""
     gradient = parameter.grad
     assert gradient is not None, f"{name} has no gradient"
     assert gradient.dtype == parameter.dtype
     if mesh is None:
-        return error(gradient, whole, whole)
+        return error(gradient, whole, whole, largest)
     assert isinstance(gradient, DTensor)
     if name in NORMS:
-        return error(gradient.full_tensor(), whole, whole)
+        return error(gradient.full_tensor(), whole, whole, largest)
     features = mesh.grid.owned_features(layout, mesh.slice.rank)
     heads_dim = 1 if name == "wo" else 0  # wo[E, H, P, D/P], the others [H or K, P, D/P, E]
     heads = mesh.grid.owned_heads(whole.shape[heads_dim], mesh.head.rank)
     own = whole.flatten(heads_dim + 1, heads_dim + 2).narrow(heads_dim, heads.start, len(heads))
     own = own.index_select(heads_dim + 1, torch.tensor(features))
-    return error(gradient.to_local().flatten(heads_dim + 1, heads_dim + 2), own, whole)
+    return error(gradient.to_local().flatten(heads_dim + 1, heads_dim + 2), own, whole, largest)
 
 
 def check_bytes(case: Case, grid: Grid, mesh: Mesh | None, log: Log) -> None:

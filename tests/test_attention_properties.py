@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from parity import Attention, Case, assert_parity, run_all
 from ranks import on_ranks
@@ -47,8 +47,16 @@ def cases(draw: st.DrawFn, grid: Grid) -> Case:
 
 @pytest.mark.parametrize("grid", [Grid(1, 1), Grid(2, 1), Grid(1, 3), Grid(3, 1), Grid(2, 2), Grid(4, 1)], ids=str)
 def test_any_shape_on_any_small_grid(grid: Grid) -> None:
-    @settings(max_examples=2, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
-    @given(st.lists(cases(grid), min_size=CASES_PER_LAUNCH, max_size=CASES_PER_LAUNCH))
+    # Not shrunk: each try would be a launch, and the failing cases are named anyway.
+    @settings(
+        max_examples=2,
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=list(HealthCheck),
+        database=None,
+        phases=[Phase.generate],
+    )
+    @given(st.lists(cases(grid), min_size=CASES_PER_LAUNCH, max_size=CASES_PER_LAUNCH, unique=True))
     def parity(drawn: list[Case]) -> None:
         assert_parity(on_ranks(grid.ranks, run_all, grid, drawn), drawn)
 

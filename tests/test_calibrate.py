@@ -37,6 +37,7 @@ from helix.study.statistics import typical
 
 CONF = ROOT / "conf"
 PEAK, STREAM, SCORES, KERNEL_US = 0.08, 5.0, 2.0, 6.0  # TFLOP/s, GB/s, GB/s
+DISPATCH_US = 7000.0
 LATENCY_US, LINK = 300.0, 0.5  # GB/s
 
 
@@ -69,6 +70,8 @@ def made_up(points: Points, drift: list[float]) -> dict[compute.Label, list[floa
         seconds["scores", name] = arithmetic + 6 * 4 * pairs / (SCORES * 1e9)
     for layers in (compute.FEW_LAYERS, compute.MANY_LAYERS):
         seconds["layers", layers] = (7 + layers * operations_of_a_layer() * KERNEL_US) * 1e-6
+        seconds["plain layers", layers] = (9 + layers * 80) * 1e-6
+        seconds["tensor layers", layers] = (900 + layers * (80 + DISPATCH_US)) * 1e-6
     return {label: [each * factor for factor in drift] for label, each in seconds.items()}
 
 
@@ -107,6 +110,7 @@ def test_figures_of_a_known_machine_are_found() -> None:
         "memory_GB_per_s": STREAM,
         "scores_GB_per_s": SCORES,
         "kernel_us": KERNEL_US,
+        "dtensor_us": DISPATCH_US,
         "link_GB_per_s": LINK,
         "link_latency_us": LATENCY_US,
         "rank_MB": 14.0,

@@ -27,7 +27,9 @@ pytestmark = pytest.mark.usefixtures("deepspeed")
 
 def _from_4x4(folder: Path, shape: TransformerShape) -> None:
     saved(folder, shape, Grid(4, 4), 2)
-    for grid, ep_size in ((Grid(2, 8), 8), (Grid(2, 2), 2), (Grid(4, 1), 4), (Grid(1, 4), 1)):
+    # Each grid with one of the models: their attention, embedding and head are cut alike.
+    of_moe = ((Grid(2, 2), 2), (Grid(1, 4), 1))
+    for grid, ep_size in of_moe if shape.experts else ((Grid(2, 8), None), (Grid(4, 1), None)):
         extra = check_loads(folder, *build(shape, grid, 16 // grid.ranks, ep_size))
         assert extra == {"step": 2}
 

@@ -6,12 +6,14 @@ import io
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from rich.console import Console
 from sweeps import settings
 
 from helix.command.sweep import REPORT, SweepJob
 from helix.config.schema import digest, to_shape
+from helix.figures.style import save
 from helix.partition.grid import Grid
 from helix.partition.options import AttentionOptions
 from helix.partition.transformer_cost import TransformerCost
@@ -125,7 +127,12 @@ def test_a_sweep_over_lengths_or_slices_draws_its_growth(lengths: list[SweepJob]
     assert "did not run" in text
     assert "growth.png" in text
     slices = [measure(job(tmp_path / "slices", 32, m)) for m in (2, 4, 8)]
-    assert growth.draw_growth(slices, tmp_path / "slices") == [tmp_path / "slices" / "growth.png"]
+    png, csv = tmp_path / "slices" / "growth.png", tmp_path / "slices" / "growth.csv"
+    assert growth.draw_growth(slices, png.parent) == [csv, png]
+    # What is beside the picture is all of it.
+    points = list(growth._points(slices, growth._slices))
+    again = save(growth.growth(pd.read_csv(csv), growth._provenance(points)), tmp_path / "again.png")
+    assert again.read_bytes() == png.read_bytes()
 
 
 def test_one_length_is_no_growth(lengths: list[SweepJob], tmp_path: Path) -> None:

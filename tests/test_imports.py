@@ -26,6 +26,7 @@ from helix import Grid, PartitionError
 import helix.partition.grid, helix.partition.shape, helix.partition.schedules, helix.partition.cost
 import helix.config.schema, helix.generation.asked
 import helix.study.text, helix.study.statistics, helix.study.report, helix.study.table, helix.study.tracking
+import helix.study.runs
 """
 
 

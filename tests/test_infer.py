@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 from commands import Command
+from readme import README, script
 from wandb_runs import wandb_records
 
 TINY = [
@@ -38,8 +40,11 @@ def _run(run_dir: Path, *overrides: str, timeout_s: float = 90) -> tuple[dict[st
     return json.loads((run_dir / "report.json").read_text()), out
 
 
-def test_moe_on_four_ranks_reports_what_the_contract_says(tmp_path: Path) -> None:
-    report, out = _run(tmp_path, "parallel=helix", "parallel.m=2", "parallel.n=2", "model=moe", *TINY)
+def test_moe_on_four_ranks_reports_what_the_contract_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "outputs" / "moe"
+    report, out = _run(run_dir, "parallel=helix", "parallel.m=2", "parallel.n=2", "model=moe", *TINY)
     assert report["world_size"] == 4
     assert report["method"]["name"] == "helix_2x2"
     assert report["method"]["schedule"]["prefill"] in ("heads", "batch", "rows", "gather", "score")
@@ -55,10 +60,11 @@ def test_moe_on_four_ranks_reports_what_the_contract_says(tmp_path: Path) -> Non
     assert memory["weights"] == memory["predicted"]
     assert memory["peak"] == memory["weights"] + memory["activations_peak"]
     assert "helix_2x2" in out
-    records = wandb_records(tmp_path / report["wandb"]["path"])
-    steps = [record for record in records if record["type"] == "history"]
-    assert len(steps) == 5 * 2
-    assert records[-1]["exit"]["exit_code"] == 0
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(compile(script("load_runs"), str(README), "exec"), names)  # what the README says of runs holds for this one
+    assert capsys.readouterr().out.split()[-4:-1] == ["0", "finished", "helix_2x2"]
+    assert len(names["runs"].history[0]) == 5 * 2
 
 
 def test_baselines_take_turns_and_the_report_compares_them(tmp_path: Path) -> None:
@@ -93,18 +99,6 @@ def test_baselines_take_turns_and_the_report_compares_them(tmp_path: Path) -> No
     ]
 
 
-def test_perslice_says_that_it_is_another_function(tmp_path: Path) -> None:
-    report, out = _run(
-        tmp_path, "parallel=helix", "parallel.m=2", "parallel.n=1", "parallel.schedule=perslice", "model=dense",
-        "logger=none", *TINY,
-    )  # fmt: skip
-    assert report["accuracy"]["reference"] == "mha_narrow_heads"
-    assert report["accuracy"]["relative_error"] <= 1e-5
-    assert report["accuracy"]["relative_error_to_h_heads"] > 0.01
-    assert report["wandb"] is None
-    assert "different function" in " ".join(out.split())
-
-
 def test_odd_shapes(tmp_path: Path) -> None:
     """9 heads, 3 KV heads, width 96, length 100, batch 1, on 3 x 1 ranks."""
     report, _ = _run(
@@ -121,19 +115,25 @@ def test_data_replicas_and_single(tmp_path: Path) -> None:
         ("data", ["parallel=helix", "parallel.m=1", "parallel.n=2", "parallel.data=2", "model=moe"]),
         ("single", ["parallel=single", "model=dense"]),
     ):
-        report, _ = _run(tmp_path / name, *overrides, "logger=none", *TINY)
+        report, _ = _run(tmp_path / name, *overrides, "logger=none", *TINY, "workload.runs=2")
         traffic = report["comm_bytes_per_rank_per_step"]
         assert report["accuracy"]["relative_error"] <= 1e-5
         assert traffic["executed"] == traffic["predicted"]
         assert bool(traffic["executed"]) == (name == "data")
 
 
-def test_multirun_runs_every_job(tmp_path: Path) -> None:
-    words = ["parallel=helix", "parallel.m=1,2", "parallel.n=1", "model=dense", "logger=none", *TINY]
-    process = Command("infer.py", "-m", f"hydra.sweep.dir={tmp_path}", *words)
+def test_multirun_runs_every_job_and_perslice_says_that_it_is_another_function(tmp_path: Path) -> None:
+    words = ["parallel=helix", "parallel.m=2", "parallel.n=1,2", "parallel.schedule=perslice", "model=dense"]
+    process = Command("infer.py", "-m", f"hydra.sweep.dir={tmp_path}", *words, "logger=none", *TINY, "workload.runs=2")
     assert process.wait(timeout=90) == 0, process.read()
     reports = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("*/report.json"))]
-    assert [report["method"]["name"] for report in reports] == ["helix_1x1", "helix_2x1"]
+    assert [report["method"]["name"] for report in reports] == ["helix_2x1_perslice", "helix_2x2_perslice"]
+    for report in reports:
+        assert report["accuracy"]["reference"] == "mha_narrow_heads"
+        assert report["accuracy"]["relative_error"] <= 1e-5
+        assert report["accuracy"]["relative_error_to_h_heads"] > 0.01
+        assert report["wandb"] is None
+    assert " ".join(process.read()[0].split()).count("different function") == 2
 
 
 def test_a_killed_rank_ends_the_command_and_keeps_what_was_logged(tmp_path: Path) -> None:

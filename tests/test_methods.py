@@ -22,6 +22,7 @@ from helix.partition.rivals import stage_layers
 from helix.partition.shape import TransformerShape
 from helix.study.trial import local_bytes
 
+pytestmark = pytest.mark.usefixtures("deepspeed")
 DENSE = TransformerShape(2, 32, 8, 4, 8, mlp_hidden=48, vocab=40)
 MOE = replace(DENSE, experts=4, top_k=1)
 BATCH, LENGTH, SEED = 4, 8, 7

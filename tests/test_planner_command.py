@@ -17,11 +17,12 @@ from helix.command.plan import settings as plan_settings
 from helix.config.check import check_model
 from helix.config.methods import from_name
 from helix.config.schema import ConfigError
+from helix.figures.pareto import pareto
 from helix.partition.grid import PartitionError
 from helix.partition.shape import TransformerShape
 from helix.planner import catalogue
 from helix.planner.candidates import Asked
-from helix.study import plan_plots, plan_table
+from helix.study import plan_table
 
 
 def test_a_plan_is_json_a_table_and_a_picture() -> None:
@@ -37,7 +38,7 @@ def test_a_plan_is_json_a_table_and_a_picture() -> None:
     assert plan.best.layout.name in text.splitlines()[0]
     assert "error is unknown" in " ".join(text.split())
     assert max(map(len, text.splitlines())) <= 80
-    axes = plan_plots.pareto_chart(plan).axes[0]
+    axes = pareto(content).axes[0]
     assert len(axes.collections) == 1 + len(plan.rivals)
 
 

@@ -7,10 +7,12 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 import helix
+from helix.figures.maps import winning_map
+from helix.figures.search import search_growth
 from helix.planner import catalogue, known, papers, published, winning
 from helix.planner.candidates import Asked, candidates, methods
 from helix.planner.work import Work
-from helix.study import plan_growth, plan_maps
+from helix.study import plan_growth
 
 
 def test_published_tables_are_off_by_what_is_said() -> None:
@@ -70,7 +72,7 @@ def test_the_map_of_where_slices_win() -> None:
     assert only.rival is None
     assert only.sliced is not None
     assert only.sliced.layout.name == "helix_4x3"
-    chart = plan_maps.winning_chart([spread, wide, linked], "smollm2")
+    chart = winning_map([panel.as_dict() for panel in (spread, wide, linked)], "smollm2")
     drawn = [text.get_text() for text in chart.axes[2].texts]
     assert len(drawn) == len(linked.cells)
     assert set(drawn) == {"only"}
@@ -127,6 +129,6 @@ def test_the_search_is_timed_and_drawn() -> None:
         (mode, count) for mode in ("forward", "train", "generate") for count in (8, 1024)
     }
     assert all(len(one.runs_s) == 1 and one.considered > 100 for one in points)
-    chart = plan_growth.growth_chart(points)
+    chart = search_growth(plan_growth.as_dict(points))
     assert [text.get_text() for text in chart.axes[0].texts] == ["limit at 1,024: 1 s"]
     assert len(plan_growth.as_dict(points)["searches"]) == 6

@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from readme import README, script
 
 from helix import launch
-
-README = Path(__file__).resolve().parent.parent / "README.md"
-
-
-def _script(word: str) -> str:
-    """The one script of the README that a word is in."""
-    (code,) = (each for each in re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL) if word in each)
-    return code
 
 
 def _train(code: str) -> list[float]:
     """The README's script on this rank, its own launch left to the test: sums of the layer's weights, trained."""
     seen: list[Any] = []
-    script: dict[str, Any] = {"__name__": "readme"}
-    exec(compile(code, str(README), "exec"), script)
-    lit = script["Lit"]
+    names: dict[str, Any] = {"__name__": "readme"}
+    exec(compile(code, str(README), "exec"), names)
+    lit = names["Lit"]
 
     class Kept(lit):
         def on_train_end(self) -> None:
@@ -36,15 +28,15 @@ def _train(code: str) -> list[float]:
             self.losses = [*getattr(self, "losses", []), loss.detach()]
             return loss
 
-    script["Lit"] = Kept
-    script["train"]()
+    names["Lit"] = Kept
+    names["train"]()
     return seen
 
 
 @pytest.mark.filterwarnings("ignore")  # Lightning's advice on loggers and workers, which a reader sees as well
 def test_the_lightning_module_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)  # Lightning logs to the current folder
-    results = launch(_train, _script("LightningModule"), ranks=4, timeout_s=30)
+    results = launch(_train, script("LightningModule"), ranks=4, timeout_s=30)
     weights, *losses = results[0]
     assert len(losses) == 8
     assert all(torch.isfinite(torch.tensor([weights, *losses])))
@@ -52,14 +44,14 @@ def test_the_lightning_module_trains(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_the_partitioned_model_answers(capfd: pytest.CaptureFixture[str]) -> None:
-    exec(compile(_script("helixify"), str(README), "exec"), {"__name__": "__main__"})
+    exec(compile(script("helixify"), str(README), "exec"), {"__name__": "__main__"})
     said = capfd.readouterr().out.strip().splitlines()[-1]
     assert said.startswith("[1, 2, 3, ")
     assert len(said.split(",")) == 8
 
 
 def test_the_plan_is_made(capfd: pytest.CaptureFixture[str]) -> None:
-    exec(compile(_script("helix.plan("), str(README), "exec"), {"__name__": "__main__"})
+    exec(compile(script("helix.plan("), str(README), "exec"), {"__name__": "__main__"})
     said = capfd.readouterr().out.splitlines()
     assert said[0] in README.read_text().splitlines()  # the layout that the table above it shows
     assert said[-1].startswith("Times are modelled")

@@ -12,7 +12,8 @@ from rich.console import Console
 from sweeps import PNG, a_job, a_report, measured
 
 from helix.command.sweep import FAILED, REPORT, SweepJob, keep
-from helix.study.plots import MOST_BARS, bars, draw
+from helix.figures.sweep import MOST_BARS, bars
+from helix.study.plots import draw
 from helix.study.sweep import collect, render, table
 
 

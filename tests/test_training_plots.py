@@ -24,12 +24,13 @@ from helix.command.sweep import FAILED, SweepJob, keep
 from helix.config.methods import to_name
 from helix.config.schema import digest
 from helix.config.train_schema import TrainConfig, check_training
+from helix.figures.style import save
 from helix.study.report import MethodLabel, Schedules, plain
 from helix.study.text import corpus
 from helix.study.tracking import Tracker
 from helix.training.compare import difference, final_bpb, loss_gaps, settings_of
 from helix.training.learner import lr_factor
-from helix.training.plots import draw_run, draw_settings
+from helix.training.plots import draw_run, draw_settings, losses, settings_from
 from helix.training.report import TrainReport, Validation, draw, write
 from helix.training.resuming import begin
 from helix.training.run import train
@@ -204,10 +205,24 @@ def test_the_picture_of_a_sweep(tmp_path: Path) -> None:
 def test_settings_that_compute_the_same_are_drawn_by_their_distance(tmp_path: Path) -> None:
     keys = {"parallel": ("single", "helix_2x2")}
     chart = draw_settings(settings_of(a_sweep(tmp_path, keys, {("single",): 3.0, ("helix_2x2",): 3.0 + 1e-5})))
-    assert _words(chart)[2].endswith("largest distance so far\nto that of single, nats a token")
+    assert "largest distance so far to that of single, nats a token" in _words(chart)[2]
     (line,) = chart.axes[2].lines
     assert np.asarray(line.get_ydata()) == pytest.approx(np.full(6, 1e-5 * math.log(2)))
     assert chart.axes[2].get_yscale() == "log"
+
+
+@pytest.mark.parametrize("bpb", [3.0 + 1e-5, 3.5])
+def test_a_sweep_is_drawn_again_from_its_losses(bpb: float, tmp_path: Path) -> None:
+    settings = settings_of(
+        a_sweep(tmp_path, {"parallel": ("single", "helix_2x2")}, {("single",): 3.0, ("helix_2x2",): bpb})
+    )
+    losses(settings).to_csv(tmp_path / "losses.csv", index=False)
+    stored = settings_from(pd.read_csv(tmp_path / "losses.csv"))
+    first, again = (
+        save(draw_settings(each, "two cores"), tmp_path / name)
+        for each, name in ((settings, "first.png"), (stored, "again.png"))
+    )
+    assert first.read_bytes() == again.read_bytes()
 
 
 def test_the_picture_of_a_run_shows_what_was_recorded(tmp_path: Path) -> None:
@@ -216,7 +231,7 @@ def test_the_picture_of_a_run_shows_what_was_recorded(tmp_path: Path) -> None:
     assert _words(draw_run(plain(free))) == ["Loss, bits per byte", "Learning rate"]
     scaled = a_report(configured("precision=16-mixed"), losses, 3.0, skipped=[3, 9])
     chart = draw_run(plain(scaled))
-    assert _words(chart)[2:] == ["Gradient norm; clipped above 1 (dashed)", "Loss scale; skipped steps: 2 (crosses)"]
+    assert _words(chart)[2:] == ["Gradient norm\nclipped above 1 (dashed)", "Loss scale\nskipped steps: 2 (crosses)"]
     smooth = chart.axes[0].lines[1]
     assert smooth.get_label() == "training (mean of 2 steps)"
     assert smooth.get_xdata()[0] == 2

@@ -13,7 +13,6 @@ from helix.calibration.cases import cases
 from helix.calibration.outcomes import Outcome, Validation
 from helix.calibration.validate import validate
 from helix.calibration.validate_command import write_error
-from helix.calibration.validate_plot import chart
 from helix.calibration.validate_table import render
 from helix.config.hardware import (
     HardwareConfig,
@@ -23,9 +22,13 @@ from helix.config.hardware import (
     MeasuredTurns,
 )
 from helix.config.schema import ConfigError
+from helix.figures.predictions import predictions
 from helix.planner import catalogue
 from helix.planner.curves import Curve, exchanges
+from helix.planner.estimate import Estimator
+from helix.planner.layout import Layout
 from helix.planner.machine import machine_of
+from helix.planner.work import Work
 from helix.study.alternate import Rounds
 
 CPU = catalogue.hardware("cpu")
@@ -69,6 +72,33 @@ def test_ranks_on_cores_take_turns() -> None:
     slower = replace(CPU, turns=MeasuredTurns([2, 8], [1.0, 1.5], [1.0, 1.5], [1.0, 1.5]))
     assert machine_of(slower, "32-true", 8).matmul(1e9, 1e6, 64) == pytest.approx(6 * alone.matmul(1e9, 1e6, 64))
     assert many.spread(8, 1) == 8, "all ranks share the host"
+
+
+def test_tensor_parallelism_on_cores_pays_for_its_dispatch() -> None:
+    shape, work = catalogue.shape(catalogue.model("dense"), "forward"), Work("forward", 16, 32, precision="32-true")
+    tensor = Layout("tensor", n=4)
+    for layout, times in (
+        (tensor, 1),
+        (replace(tensor, sharded=True), 1),
+        (Layout("helix", 2, 2), 0),
+        (Layout("data", data=4), 0),
+    ):
+        seconds = [
+            Estimator(shape, machine_of(replace(CPU, dtensor_us=us), "32-true", 4), work).estimate(layout).seconds
+            for us in (0.0, 5000.0)
+        ]
+        turns = machine_of(CPU, "32-true", 4).turns
+        assert seconds[1].total - seconds[0].total == pytest.approx(times * shape.layers * 5e-3 * turns)
+        assert seconds[1].dispatch == pytest.approx(times * shape.layers * 5e-3 * turns)
+
+
+def test_a_stage_that_waits_leaves_its_turns_to_the_others() -> None:
+    shape, work = catalogue.shape(catalogue.model("dense"), "forward"), Work("forward", 16, 32, precision="32-true")
+    layout = Layout("tensor", n=4, stage=2, microbatches=4)
+    for hardware, part in ((CPU, 0.0), (replace(CPU, ranks_take_turns=False, devices_per_host=8), 1 / 5)):
+        seconds = Estimator(shape, machine_of(hardware, "32-true", 8), work).estimate(layout).seconds
+        assert seconds.waiting / (seconds.matmul + seconds.attention + seconds.memory + seconds.waiting) >= part * 0.9
+        assert (seconds.waiting == 0) == (part == 0)
 
 
 def test_measured_shares_go_before_the_stated_ones() -> None:
@@ -134,7 +164,7 @@ def test_outcomes_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     assert "helix_2x1_rows" in shown
     assert "1 of 2 cases" in " ".join(shown.split())
-    assert [axes.get_xscale() for axes in chart(FOUND).axes] == ["log"]
+    assert [axes.get_xscale() for axes in predictions(FOUND.as_dict()).axes] == ["log"]
 
 
 def test_the_error_is_written_among_other_lines(tmp_path: Path) -> None:

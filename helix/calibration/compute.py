@@ -22,7 +22,9 @@ from helix.calibration.points import Layer, Points
 from helix.calibration.rounds import timed
 from helix.comm.mesh import SINGLE, Mesh
 from helix.comm.process_group import own_device
+from helix.models.plain import PlainTransformer
 from helix.models.transformer import Transformer
+from helix.parallel.tensor_parallel import tensor_parallel
 from helix.partition.grid import Grid
 from helix.partition.options import AttentionOptions
 from helix.partition.shape import TransformerShape
@@ -199,6 +201,7 @@ def _streams(points: Points, device: torch.device) -> Works:
 
 
 def _models(device: torch.device) -> Works:
+    """Models whose time is that of starting operations; cut over one rank, DTensor dispatches and sends nothing."""
     mesh = Mesh(Grid(1, 1), data=dist.get_world_size(), device_type=device.type)
     token = torch.zeros(1, 1, dtype=torch.int64, device=device)
     works: Works = {}
@@ -206,4 +209,11 @@ def _models(device: torch.device) -> Works:
         model = Transformer(overhead_shape(layers), mesh, AttentionOptions())
         model.init_weights(0)
         works["layers", layers] = partial(model, token)
+        if device.type == "cpu":  # a GPU is handed its operations ahead of time
+            plain = PlainTransformer(overhead_shape(layers), torch.float32)
+            plain.init_weights(0)
+            works["plain layers", layers] = partial(plain, token)
+            cut = PlainTransformer(overhead_shape(layers), torch.float32)
+            cut.init_weights(0)
+            works["tensor layers", layers] = partial(tensor_parallel(cut, mesh.device_mesh["head"]), token)
     return works

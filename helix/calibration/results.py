@@ -12,6 +12,7 @@ from scipy import optimize
 
 from helix.calibration import compute
 from helix.calibration.compute import TURN
+from helix.calibration.notes import PEAKS, notes_of
 from helix.calibration.points import Points
 from helix.config.hardware import (
     HardwareConfig,
@@ -26,12 +27,6 @@ from helix.planner.machine import Machine
 from helix.planner.passes import SCORE_PASSES, Passes
 from helix.study.statistics import Typical, typical
 
-# The catalogue's keys by torch's names of dtypes.
-PEAKS = {
-    "float64": "matmul_fp64_TFLOP_per_s",
-    "float32": "matmul_fp32_TFLOP_per_s",
-    "bfloat16": "matmul_bf16_TFLOP_per_s",
-}
 ITEMSIZE = {"float32": 4, "bfloat16": 2}
 
 
@@ -100,6 +95,8 @@ def computing(points: Points, times: Mapping[compute.Label, list[float]]) -> Cal
     intervals["memory_GB_per_s"] = typical(_memory_rates(points, times))
     intervals["scores_GB_per_s"] = typical(_scores_rates(points, times, peak.value, products))
     intervals["kernel_us"] = typical(_overheads(times))
+    if ("tensor layers", compute.MANY_LAYERS) in times:
+        intervals["dtensor_us"] = typical(_dispatch(times))
     hardware = HardwareConfig(
         devices_per_host=points.devices,
         hosts=1,
@@ -109,7 +106,7 @@ def computing(points: Points, times: Mapping[compute.Label, list[float]]) -> Cal
         products=products,
         attention=attention,
     )
-    notes = _notes(points, best)
+    notes = notes_of(points, best, operations_of_a_layer())
     turn_s = typical(times[TURN,]).value if (TURN,) in times else None
     return Calibration(_with(hardware, intervals), intervals, notes, points, turn_s)
 
@@ -201,11 +198,22 @@ def _scores_rates(
 
 
 def _overheads(times: Mapping[compute.Label, list[float]]) -> list[float]:
-    """Microseconds of an operation: what more layers take, so that the model's ends are not in it."""
+    """Microseconds of an operation."""
+    count = operations_of_a_layer()
+    return [max(0.0, layer) / count for layer in _layers(times, "layers")]
+
+
+def _dispatch(times: Mapping[compute.Label, list[float]]) -> list[float]:
+    """Microseconds that a layer of tensor parallelism takes longer than the same layer on plain tensors."""
+    both = zip(_layers(times, "tensor layers"), _layers(times, "plain layers"), strict=True)
+    return [max(0.0, cut - plain) for cut, plain in both]
+
+
+def _layers(times: Mapping[compute.Label, list[float]], name: str) -> list[float]:
+    """Microseconds of a layer: what more layers take, so that the model's ends are not in it."""
     few, many = compute.FEW_LAYERS, compute.MANY_LAYERS
-    layers = zip(times["layers", few], times["layers", many], strict=True)
-    count = operations_of_a_layer() * (many - few)
-    return [max(0.0, long - short) / count * 1e6 for short, long in layers]
+    models = zip(times[name, few], times[name, many], strict=True)
+    return [(long - short) / (many - few) * 1e6 for short, long in models]
 
 
 def _link(times: Mapping[tuple[str, int, int], list[float]]) -> tuple[Typical, Typical]:
@@ -251,46 +259,3 @@ def _with(hardware: HardwareConfig, intervals: Mapping[str, Typical]) -> Hardwar
 def _rounded(value: float) -> float:
     """To four digits, which is more than is known."""
     return float(f"{value:.4g}")
-
-
-def _unfused(points: Points) -> str:
-    return "s score and gather" if points.device == "cpu" else " score"
-
-
-def _notes(points: Points, best: int) -> dict[str, str]:
-    layer, where = points.layer, f"on {points.devices} at once" if points.devices > 1 else "on one"
-    rows = f"{layer.tokens} rows"
-    attending = f"of {points.attention_flops / 1e9:g} GFLOP or less"
-    count = f"{operations_of_a_layer():g}"
-    peak = f"F.linear of {rows}, smallest dim {best}, {where}"
-    other = f"by its ratio to {points.precision} at smallest dim {layer.width // 2}"
-    one = "of one host, on which alone it was measured"
-    return {
-        "hosts": one,
-        "devices_per_host": "that this process may use",
-        "devices_per_island": "the host is the island",
-        "host_link_GB_per_s": one,
-        "host_link_share": one,
-        "host_link_latency_us": one,
-        "memory_GB_per_device": "ranks share the host's, which is asked" if points.device == "cpu" else "its own",
-        **dict.fromkeys(("matmul_share", "memory_share", "link_share"), "measured, not a peak"),
-        "ranks_take_turns": "of cores, not of GPUs",
-        "time_error_share": "not yet: python -m helix validate --write",
-        **{PEAKS[name]: other for name in compute.OTHER_PRECISIONS[points.device]},
-        PEAKS[points.precision]: peak,
-        "attention_share": "the best of those below",
-        "memory_GB_per_s": f"a layer's 2 norms, 2 sums, GELU and RoPE of {layer.tokens} x {layer.width} together, "
-        f"{where}",
-        "scores_GB_per_s": f"scores of schedule{_unfused(points)} at {compute.scores_dims(points)[2]} tokens, {where}",
-        "link_GB_per_s": "all-to-all of 2 ranks, bytes sent by each: slope of its times",
-        "link_latency_us": "the same: what no bytes take",
-        "kernel_us": f"a layer of width 64 on one token over the {count} operations that the planner counts in it, "
-        f"{where}",
-        "rank_MB": "growth over the first step of a small model, less its activations"
-        if points.device == "cpu"
-        else "in use after the first step of a small model, less its tensors",
-        "turns": "products between two exchanges, the exchange left out, by the clock",
-        "products": f"[{rows}, {layer.width} or more] x [.., width] and back, {points.precision}, {where}",
-        "attention": f"fused and causal, {attending} a call, half of the scores counted, {where}",
-        "exchanges": "all groups at once, calls back to back, the slowest rank",
-    }

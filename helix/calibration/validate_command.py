@@ -68,10 +68,10 @@ def run(options: argparse.Namespace) -> None:
         about = {"command": command(), "commit": git_commit(), "measured_at": now(), "versions": versions()}
         options.json.write_text(json.dumps(found.as_dict() | {"about": about} | {"hardware_file": asdict(hardware)}))
     if options.plot is not None:
-        from helix.calibration.validate_plot import chart
-        from helix.study.plots import save
+        from helix.figures.predictions import predictions
+        from helix.figures.style import save
 
-        save(chart(found), options.plot)
+        save(predictions(found.as_dict()), options.plot)
     if options.write:
         write_error(path, found.error)
     if missed := found.missed(options.least_tau, options.most_error, options.most_memory_error, options.least_good):

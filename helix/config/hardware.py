@@ -93,6 +93,8 @@ class HardwareConfig:
         link_*: between devices of an island; host_link_*: what each device has to those of other islands. A latency
             is that of the smallest exchange between two devices.
         kernel_us: time of the smallest operation on a device.
+        dtensor_us: DTensor's dispatch, which a pass of PyTorch's tensor parallelism takes in each layer besides its
+            operations and exchanges; null means none: on GPUs it runs ahead of what they compute.
         scores_GB_per_s: at which unfused attention reads and writes its scores, each six times; null means as fast
             as memory.
         rank_MB: what a rank's process takes besides weights and activations: buffers of its libraries.
@@ -124,6 +126,7 @@ class HardwareConfig:
     host_link_share: float | None = bounded(None, above=0, at_most=1)
     host_link_latency_us: float | None = at_least(0, None)
     kernel_us: float | None = at_least(0, None)
+    dtensor_us: float | None = at_least(0, None)
     scores_GB_per_s: float | None = bounded(None, above=0)
     rank_MB: float | None = at_least(0, None)
     ranks_take_turns: bool = False

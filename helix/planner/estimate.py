@@ -212,7 +212,9 @@ class Estimator:
             if not layout.sharded and (layout.method == "tensor" or self._generates):
                 hop += self.machine.collective("all_gather", own * (layout.grid.ranks - 1), layout.grid.ranks)
             messages = sends * layout.interleave * count + sends * (stages - 1)
-            out += Seconds(exchange=messages * hop, waiting=(stages - 1) * pace.total / layout.interleave)
+            # With k stages at work the pipeline fills or drains; on shared cores they then have the others' turns.
+            idle = sum(2 * self.machine.slot(k / stages) - 1 for k in range(1, stages))
+            out += Seconds(exchange=messages * hop, waiting=idle * pace.total / layout.interleave)
         return out
 
     def _forward(self, layout: Layout, length: int) -> Seconds:
@@ -258,7 +260,8 @@ class Estimator:
             self.machine.send(batch * self.shape.width * work.itemsize, layout.grid.ranks) if layout.stage > 1 else 0.0
         )
         # Each token passes every stage; with fewer parts of the batch than stages the others wait.
-        token = pace * parts + Seconds(exchange=hop * layout.stage, waiting=pace.total * (layout.stage - parts))
+        waiting = pace.total * (layout.stage * self.machine.slot(parts / layout.stage) - parts)
+        token = pace * parts + Seconds(exchange=hop * layout.stage, waiting=waiting)
         whole = prompt + token * max(0, new - 1)
         return Estimate(layout, whole, memory, work.batch * new / whole.total, ttft_s=prompt.total, tpot_s=token.total)
 

@@ -42,6 +42,7 @@ class Machine:
         link_bytes_per_s, host_link_bytes_per_s: one device, one direction, inside an island and out of it.
         link_s, host_link_s: the smallest exchange between two devices.
         kernel_s: the smallest operation.
+        dtensor_s: DTensor's dispatch in one layer of tensor parallelism.
         scores_bytes_per_s: at which unfused attention's scores are read and written; None for as fast as anything.
         rank_bytes: of a rank's process besides weights and activations.
         turns: times as long as alone an operation takes where ranks share devices and wait for each other's.
@@ -63,6 +64,7 @@ class Machine:
     link_s: float
     host_link_s: float
     kernel_s: float
+    dtensor_s: float = 0.0
     scores_bytes_per_s: float | None = None
     rank_bytes: float = 0.0
     turns: float = 1.0
@@ -102,6 +104,10 @@ class Machine:
         """Seconds of an operation that only reads and writes."""
         return self._operation(0.0, nbytes)
 
+    def dispatch(self) -> float:
+        """Seconds in which DTensor finds out what to do in a layer of tensor parallelism."""
+        return self.dtensor_s * self.turns
+
     def scores(self, nbytes: float) -> float:
         """Seconds in which attention that is no fused kernel reads and writes its scores."""
         rate = self.scores_bytes_per_s or self.memory_bytes_per_s
@@ -109,6 +115,10 @@ class Machine:
 
     def _operation(self, computing_s: float, nbytes: float) -> float:
         return (max(computing_s, nbytes / self.memory_bytes_per_s) + self.kernel_s) * self.turns
+
+    def slot(self, part: float) -> float:
+        """Time of work with only a part of the ranks busy, over that with all: less than 1 where they share cores."""
+        return max(part, 1 / self.turns)
 
     def spread(self, size: int, stride: int) -> int:
         """How many ranks of a group have each other in their island, where the fewest have: ranks r + stride * k.
@@ -222,6 +232,7 @@ def _machine(hardware: HardwareConfig, precision: str, devices: int, island: int
         link_s=seconds("link_latency_us"),
         host_link_s=seconds("host_link_latency_us"),
         kernel_s=seconds("kernel_us"),
+        dtensor_s=seconds("dtensor_us"),
         scores_bytes_per_s=None if hardware.scores_GB_per_s is None else hardware.scores_GB_per_s * 1e9,
         rank_bytes=(hardware.rank_MB or 0.0) * 1e6,
         turns=turns,

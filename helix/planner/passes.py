@@ -62,7 +62,8 @@ class Passes:
         gather -= self._exchange(layout, "all_gather/head.enter", moved["all_gather/head.enter"], ep_size)
         ends = {"all_gather/head.enter"} | {key for key in moved if "/embedding." in key}
         exchange = sum(self._exchange(layout, key, count, ep_size) for key, count in moved.items() if key not in ends)
-        forward = core + self.dense(cost, batch * length) + Seconds(exchange=exchange)
+        dispatch = self.machine.dispatch() if layout.method == "tensor" and layout.grid.ranks > 1 else 0.0
+        forward = core + self.dense(cost, batch * length) + Seconds(exchange=exchange, dispatch=dispatch)
         return LayerTime(forward + self._experts(cost), core, Seconds(exchange=gather))
 
     def ends(self, layout: Layout, batch: int, length: int, ep_size: int) -> Seconds:

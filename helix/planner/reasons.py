@@ -26,6 +26,7 @@ _PARTS = {
     "memory": "memory-bound operations",
     "exchange": "communication",
     "waiting": "the pipeline's bubble",
+    "dispatch": "DTensor's dispatch",
 }
 
 

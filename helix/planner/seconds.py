@@ -15,6 +15,7 @@ class Seconds:
         memory: operations that only read and write: norms, activations, residuals; and the optimizer.
         exchange: collectives and messages. None is hidden behind computation unless a method's own form says so.
         waiting: a pipeline's bubble.
+        dispatch: finding out what to compute, where that is not hidden behind computing it.
     """
 
     matmul: float = 0.0
@@ -22,10 +23,11 @@ class Seconds:
     memory: float = 0.0
     exchange: float = 0.0
     waiting: float = 0.0
+    dispatch: float = 0.0
 
     @property
     def total(self) -> float:
-        return self.matmul + self.attention + self.memory + self.exchange + self.waiting
+        return self.matmul + self.attention + self.memory + self.exchange + self.waiting + self.dispatch
 
     def __add__(self, other: Seconds) -> Seconds:
         return Seconds(
@@ -34,6 +36,7 @@ class Seconds:
             self.memory + other.memory,
             self.exchange + other.exchange,
             self.waiting + other.waiting,
+            self.dispatch + other.dispatch,
         )
 
     def __mul__(self, times: float) -> Seconds:
@@ -43,6 +46,7 @@ class Seconds:
             self.memory * times,
             self.exchange * times,
             self.waiting * times,
+            self.dispatch * times,
         )
 
     def shares(self) -> dict[str, float]:

@@ -10,34 +10,26 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib import rc_context
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullLocator
 from scipy import optimize
 
 from helix.command.sweep import SweepJob, report_of
 from helix.config.methods import from_name
 from helix.config.schema import ITEMSIZE, PRETRAINED, InferConfig, expert_parallel, to_options, to_shape
-from helix.config.words import figure, size
+from helix.figures import growth as drawing
+from helix.figures.style import save
 from helix.partition.grid import Grid
 from helix.partition.options import AttentionOptions
-from helix.partition.schedules import SCHEDULES, refusal
+from helix.partition.schedules import refusal
 from helix.partition.transformer_cost import TransformerCost
-from helix.study.plots import STYLE, save
 
-# Distinct in grey too: by marker and by dash. Colours are those of Okabe and Ito, for every kind of colour vision.
-LOOKS: dict[str, dict[str, Any]] = {
-    "batch": {"color": "#0072B2", "marker": "o", "linestyle": "-"},
-    "heads": {"color": "#56B4E9", "marker": "s", "linestyle": (0, (6, 2))},
-    "rows": {"color": "#009E73", "marker": "^", "linestyle": "-."},
-    "gather": {"color": "#E69F00", "marker": "D", "linestyle": (0, (4, 1, 1, 1))},
-    "score": {"color": "#D55E00", "marker": "v", "linestyle": (0, (3, 1))},
-    "perslice": {"color": "black", "marker": "x", "linestyle": ":"},
-}
+if TYPE_CHECKING:
+    import pandas as pd
+
+MEASURED, CLOSED = "measured", "closed form"  # kinds of rows of a growth.csv
 _INSIDE = ("enter", "leave")  # ends of the names of what the residual stream moves, the same in every schedule
 
 
@@ -64,74 +56,53 @@ class Point:
 
 
 def draw_growth(jobs: Sequence[SweepJob], folder: Path) -> list[Path]:
-    """Write growth.png, if the jobs measured several schedules over several lengths, or over several m.
+    """Write growth.csv and growth.png, if the jobs measured several schedules over several lengths, or over several m.
 
     Returns:
-        the file, or nothing; of generation, whose prompts have lengths of their own, nothing.
+        the files, or none; of generation, whose prompts have lengths of their own, nothing.
     """
     jobs = [job for job in jobs if isinstance(job.settings, InferConfig) and job.settings.model.kind != PRETRAINED]
     for name, of in (("L, tokens of one sequence", _length), ("m, feature slices (ranks of a head group)", _slices)):
         points = list(_points(jobs, of))
         schedules, xs = {point.schedule for point in points}, {point.x for point in points}
         if len(schedules) > 1 and len(xs) > 1 and _is_one_line_each(points):
-            return [save(growth(points, name), folder / "growth.png")]
+            figures, about = table(points, name), _provenance(points)
+            figures.to_csv(folder / "growth.csv", index=False)
+            return [folder / "growth.csv", save(growth(figures, about), folder / "growth.png")]
     return []
 
 
-@rc_context(STYLE)
-def growth(points: Sequence[Point], name: str) -> Figure:
-    """Three panels over x, both axes logarithmic: bytes inside attention, time of a step, error.
+def table(points: Sequence[Point], name: str) -> pd.DataFrame:
+    """All that the picture shows, so that it can be drawn again without the runs.
 
     Args:
         name: of x.
+
+    Returns:
+        columns `kind`, `x_name`, `schedule`, `x`, `bytes`, `step_ms`, `low`, `high` and `error`. Rows of the kind
+        `measured` are the points; those of the kind `closed form` are the lines, which have no interval or error.
     """
-    chart = Figure(figsize=(11.5, 4.4), layout="constrained")
-    panels = chart.subplots(1, 3)
-    xs = sorted({point.x for point in points})
-    predict = _fit(points)
-    for schedule in (each for each in SCHEDULES if any(point.schedule == each for point in points)):
+    import pandas as pd
+
+    predict, xs = _fit(points), sorted({point.x for point in points})
+    names = ("schedule", "x", "bytes", "step_ms", "low", "high", "error")
+    rows = [{"kind": MEASURED} | {key: getattr(point, key) for key in names} for point in points]
+    for schedule in dict.fromkeys(point.schedule for point in points):
         own = sorted((point for point in points if point.schedule == schedule), key=lambda point: point.x)
-        look, at = LOOKS[schedule], [point.x for point in own]
-        marks = look | {"linestyle": "none", "markersize": 6, "label": schedule}
-        curve = list(_curve(own, xs))
-        line = {"color": look["color"], "linestyle": look["linestyle"], "linewidth": 1.2}
-        if any(point.bytes for point in own):
-            panels[0].plot(at, [point.bytes for point in own], **marks)
-            panels[0].plot([x for x, _ in curve], [_inside(cost) for _, cost in curve], **line)
-        spread = [[point.step_ms - point.low for point in own], [point.high - point.step_ms for point in own]]
-        panels[1].errorbar(at, [point.step_ms for point in own], yerr=spread, capsize=2, elinewidth=1, **marks)
-        panels[1].plot([x for x, _ in curve], [predict(cost) for _, cost in curve], **line)
-        panels[2].plot(at, [point.error for point in own], **(marks | {"linestyle": look["linestyle"]}))
-    _label(panels, xs, name)
-    chart.legend(*panels[1].get_legend_handles_labels(), loc="outside upper center", ncols=6, frameon=False)
-    chart.supxlabel(_provenance(points), fontsize=7.5, color="0.35", x=0.01, ha="left")
-    return chart
+        for x, cost in _curve(own, xs):
+            found = {"schedule": schedule, "x": x, "bytes": _inside(cost), "step_ms": predict(cost)}
+            rows.append({"kind": CLOSED} | found)
+    return pd.DataFrame(rows).assign(x_name=name)[["kind", "x_name", *names]]
 
 
-def _label(panels: Sequence[Axes], xs: Sequence[int], name: str) -> None:
-    titles = ("Bytes that leave a rank inside attention", "Time of a step, ms", "Relative error to h-head attention")
-    formats: tuple[Callable[[float], str], ...] = (
-        lambda value: size(round(value)),
-        figure,
-        lambda value: f"$10^{{{round(np.log10(value))}}}$",
-    )
-    for axes, title, text in zip(panels, titles, formats, strict=True):
-        axes.set_title(title, fontsize=10)
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
-        axes.xaxis.set_major_locator(FixedLocator(list(xs)))
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0f}")
-        axes.yaxis.set_major_formatter(_formatter(text))
-        axes.set_xlabel(name)
-        axes.grid(color="0.88", linewidth=0.6)
-        axes.set_axisbelow(True)
-    panels[2].set_ylim(1e-8, 3)
+def growth(figures: pd.DataFrame, about: str = "") -> Figure:
+    """The picture of a `table`, or of a growth.csv.
 
-
-def _formatter(text: Callable[[float], str]) -> Callable[[float, float], str]:
-    """As matplotlib calls it, with a place that does not matter here."""
-    return lambda value, place: text(value)
+    Args:
+        about: where the figures come from.
+    """
+    points, lines = (figures[figures["kind"] == kind] for kind in (MEASURED, CLOSED))
+    return drawing.growth(points, lines, str(figures["x_name"].iloc[0]), about)
 
 
 def _provenance(points: Sequence[Point]) -> str:

@@ -118,12 +118,15 @@ def _told(options: argparse.Namespace) -> tuple[RenderableType, dict[str, Any]]:
         table = plan_table.known(rows, work_of(one), one.goal, one.hardware.name)
         return table, {"rows": [row.as_dict() for row in rows]}
     if options.growth:
+        from helix.figures.search import search_growth
+        from helix.figures.style import save
         from helix.study import plan_growth
-        from helix.study.plots import save
+        from helix.study.provenance import now
 
         points = plan_growth.measure()
-        save(plan_growth.growth_chart(points), options.growth)
-        return plan_growth.table(points), plan_growth.as_dict(points)
+        content = plan_growth.as_dict(points)
+        save(search_growth(content, now()[:10]), options.growth)
+        return plan_growth.table(points), content
     tables = published.tables()
     return plan_table.published(tables), {"tables": [one.as_dict() for one in tables]}
 
@@ -136,10 +139,10 @@ def _planned(options: argparse.Namespace) -> tuple[RenderableType, dict[str, Any
     plan = plan_of(one)
     content = plan.as_dict()
     if options.plot is not None:
-        from helix.study import plan_plots
-        from helix.study.plots import save
+        from helix.figures.pareto import pareto
+        from helix.figures.style import save
 
-        save(plan_plots.pareto_chart(plan), options.plot)
+        save(pareto(content), options.plot)
     if options.map is not None:
         content["map"] = _mapped(one, options.map)
     return plan_table.render(plan), content
@@ -148,10 +151,10 @@ def _planned(options: argparse.Namespace) -> tuple[RenderableType, dict[str, Any
 def _mapped(one: PlanConfig, path: Path) -> list[dict[str, Any]]:
     """Draw the map, and return its figures."""
     from helix.command.plan import map_of
-    from helix.study import plan_maps
-    from helix.study.plots import save
+    from helix.figures.maps import winning_map
+    from helix.figures.style import save
 
-    panels = map_of(one)
+    panels = [panel.as_dict() for panel in map_of(one)]
     title = f"{one.model.name} on {one.hardware.name}; {one.mode}, {one.precision}"
-    save(plan_maps.winning_chart(panels, title), path)
-    return [panel.as_dict() for panel in panels]
+    save(winning_map(panels, title), path)
+    return panels

@@ -1,4 +1,4 @@
-"""How long a search takes as the devices grow: measured, as a picture and as figures."""
+"""How long a search takes as the devices grow: measured, as a table and as figures."""
 
 from __future__ import annotations
 
@@ -9,23 +9,16 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from matplotlib import rc_context
-from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullLocator
 from rich import box
 from rich.table import Table
 
 from helix.config.plan_schema import MODES
-from helix.config.words import figure
 from helix.planner import catalogue
 from helix.planner.candidates import Asked
 from helix.planner.estimate import Estimator
 from helix.planner.machine import machine_of
 from helix.planner.search import search
 from helix.planner.work import Work
-from helix.study import provenance
-from helix.study.growth import LOOKS
-from helix.study.plots import STYLE, caption
 
 MODEL, HARDWARE = "llama3_70b", "dgx_h100"
 BATCH, LENGTH, NEW_TOKENS = 1024, 4096, 256  # many divisors, so that there is much to search
@@ -75,46 +68,6 @@ def _once(mode: str, devices: int) -> tuple[float, int]:
     started = time.process_time()
     found = search(Estimator(shape, machine, work), "throughput", Asked())
     return time.process_time() - started, found.considered
-
-
-@rc_context(STYLE)
-def growth_chart(points: Sequence[Point]) -> Figure:
-    """Processor time over devices, both axes logarithmic; bars from the fastest to the slowest repeat."""
-    chart = Figure(figsize=(7.5, 4.6), layout="constrained")
-    axes = chart.subplots()
-    for mode, look in zip(MODES, LOOKS.values(), strict=False):
-        own = [one for one in points if one.mode == mode]
-        middle = [one.median_s for one in own]
-        below = [one.median_s - min(one.runs_s) for one in own]
-        above = [max(one.runs_s) - one.median_s for one in own]
-        label = f"{mode}: {own[0].considered:,} .. {own[-1].considered:,} layouts"
-        axes.errorbar([one.devices for one in own], middle, yerr=[below, above], capsize=2, label=label, **look)
-    xs = sorted({one.devices for one in points})
-    for devices, limit_s in LIMITS_S.items():
-        if devices in xs:
-            axes.plot([devices], [limit_s], marker="_", markersize=26, markeredgewidth=2.5, color="black")
-            words = f"limit at {devices:,}: {limit_s:g} s"
-            axes.annotate(words, (devices, limit_s), (-16, 5), textcoords="offset points", ha="right", fontsize=8.5)
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set_ylim(top=20)
-    axes.xaxis.set_major_locator(FixedLocator(xs))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    axes.yaxis.set_major_formatter(lambda value, _: figure(value))
-    axes.tick_params(axis="x", labelsize=8.5)
-    axes.grid(color="0.88", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.legend(fontsize=8.5, loc="upper left", frameon=False)
-    axes.set_xlabel("devices")
-    axes.set_ylabel("processor time of a search, s")
-    axes.set_title("Search time as the devices grow")
-    repeats = len(points[0].runs_s)
-    where = f"{MODEL} on {HARDWARE}, batch {BATCH} x {LENGTH}"
-    caption(
-        chart, where, f"one core, median of {repeats}, bars from the fastest to the slowest", provenance.now()[:10]
-    )
-    return chart
 
 
 def table(points: Sequence[Point]) -> Table:

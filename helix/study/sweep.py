@@ -50,8 +50,10 @@ def collect(folder: Path, jobs: Sequence[SweepJob], console: Console | None = No
     Returns:
         the table; see `table`.
     """
+    from helix.figures.ratios import ratios
+    from helix.figures.style import save
     from helix.study.growth import draw_growth
-    from helix.study.plots import draw, ratios, save
+    from helix.study.plots import about, draw
 
     frame, beside = table(jobs), comparisons(jobs)
     folder.mkdir(parents=True, exist_ok=True)
@@ -59,7 +61,10 @@ def collect(folder: Path, jobs: Sequence[SweepJob], console: Console | None = No
     console = console or Console()
     console.print(render(frame, console.width))
     if len(beside):
-        files += [*write_table(beside, folder / "baselines"), save(ratios(beside, frame), folder / "ratios.png")]
+        files += [
+            *write_table(beside, folder / "baselines"),
+            save(ratios(beside, about(frame)), folder / "ratios.png"),
+        ]
         console.print(Text(), _compared(beside), sep="\n")
     console.print(Text(f"{folder}: {', '.join(path.name for path in files)}", style="dim"), soft_wrap=True)
     return frame

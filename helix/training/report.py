@@ -93,7 +93,7 @@ def write(report: TrainReport, path: Path) -> Path:
 
 def draw(report: TrainReport, path: Path) -> Path:
     """Draw the report's curves."""
-    from helix.study.plots import save
+    from helix.figures.style import save
     from helix.training.plots import draw_run
 
     return save(draw_run(plain(report)), path)

@@ -29,20 +29,21 @@ _NOTE = (
 
 
 def collect(folder: Path, jobs: Sequence[SweepJob], console: Console | None = None) -> None:
-    """Make a sweep's tables and its picture: sweep.csv, settings.csv (both also as Parquet) and curves.png.
+    """Make a sweep's tables and its picture: sweep.csv, settings.csv, losses.csv (also as Parquet) and curves.png.
 
     Args:
         folder: the sweep's.
         jobs: all of them, in the order in which they ran.
     """
-    from helix.study.plots import save
-    from helix.training.plots import draw_settings
+    from helix.figures.style import save
+    from helix.training.plots import draw_settings, losses
 
     folder.mkdir(parents=True, exist_ok=True)
     frame, settings = table(jobs), settings_of(jobs)
     files = [*write_table(frame, folder / "sweep"), *write_table(by_setting(settings), folder / "settings")]
     console = console or Console()
     if any(setting.reports for setting in settings):
+        files += write_table(losses(settings), folder / "losses")
         files.append(save(draw_settings(settings), folder / "curves.png"))
         console.print(_reached(settings))
         if any(setting.pairs for setting in settings):

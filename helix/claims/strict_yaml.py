@@ -1,0 +1,37 @@
+"""YAML in which a key that is there twice is a fault: the plain reader takes the last one in silence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+
+from helix.config.schema import ConfigError
+
+
+class _Strict(yaml.SafeLoader):
+    """Also keeps anchors, which a ledger names its runs by."""
+
+
+def _mapping(loader: _Strict, node: yaml.MappingNode) -> dict[Any, Any]:
+    keys = [loader.construct_object(key) for key, _ in node.value]
+    twice = next((key for number, key in enumerate(keys) if key in keys[:number]), None)
+    if twice is not None:
+        raise yaml.constructor.ConstructorError(None, None, f"{twice} is there twice", node.start_mark)
+    return {key: loader.construct_object(value, deep=True) for key, (_, value) in zip(keys, node.value, strict=True)}
+
+
+_Strict.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+
+
+def load(path: Path) -> Any:
+    """The content of a file.
+
+    Raises:
+        ConfigError: if it is no YAML, or a mapping in it has a key twice.
+    """
+    try:
+        return yaml.load(path.read_text(), _Strict)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is no YAML: {error}") from error
