@@ -12,7 +12,8 @@ import pytest
 import yaml
 
 from helix.__main__ import main
-from helix.claims import markdown, resolve
+from helix.claims import markdown, resolve, table
+from helix.claims.faults import faults
 from helix.claims.ledger import INCONSISTENT, LedgerError, read
 from helix.config.schema import ConfigError
 
@@ -70,7 +71,7 @@ def changed(number: int, **keys: Any) -> dict[str, Any]:
 
 def faults_of(path: Path) -> list[str]:
     try:
-        return resolve.faults(read(path))
+        return faults(read(path))
     except LedgerError as error:
         return list(error.faults)
 
@@ -125,6 +126,15 @@ def given(**keys: Any) -> dict[str, Any]:
         (changed(1, ours=ours(interval="rows[0].ratio")), "full-run: ours: paper/run.json: "),
         (changed(1, ours=[{"label": "x", "kind": "computed", "unit": "count"}]),
          "full-run: ours has neither a file nor a check to take its figure from"),
+        (changed(0, form="verse"), "full-d: form is 'verse', which is none of: verbatim, cells, formula"),
+        (changed(0, verdict="not reproduced", check=given(stated=94.4), evidence=[{"run": "paper/run.json"}]),
+         "full-d: its check agrees with the claim, and the verdict is 'not reproduced'"),
+        (changed(0, check={"name": "change", "given": {"before": 0, "after": 1, "stated": 2}}),
+         "full-d: check: change cannot be computed from {'after': 1, 'before': 0, 'stated': 2}: division by zero"),
+        (changed(0, check=given(half="much")), "full-d: check: cohens_d cannot be computed from"),
+        (changed(1, why="It is {1}."), "full-run: {1} names none of the 1 figures of ours, counted from {0}"),
+        (changed(1, hard="Or {ratio}."), "full-run: {ratio} names none of the 1 figures of ours"),
+        (changed(1, why="It is 2.0 times as fast."), "full-run: '2.0 times' is typed; write {0} for ours"),
         (SMALL | {"claims": []}, "claims has to be a list that is not empty"),
         (SMALL | {"claims": ["text"]}, "claim 1 has to be a mapping with the keys id, paper, section"),
         ({"papers": {"full": {"titel": "x", "setting": "y"}}, "claims": SMALL["claims"]},
@@ -138,7 +148,9 @@ def test_a_fault_is_told_by_claim_and_key(written: Callable[[Any], Path], conten
 
 def test_a_small_ledger_holds(written: Callable[[Any], Path]) -> None:
     small = read(written(SMALL))
-    assert resolve.faults(small) == []
+    assert faults(small) == []
+    filled = read(written(changed(1, why="It is {0},\nnot 2.5 times.")))
+    assert table.row(filled, filled["full-run"]).why == "It is 2.00 times, not 2.5 times."
     (one,) = resolve.found(small, small["full-run"])
     assert (one.value, one.interval) == (2.0, (1.0, 3.0))
 
@@ -197,8 +209,12 @@ def test_a_section_is_written_between_its_markers(
         (["--ledger", "none.yaml"], "there is no ledger none.yaml; run this in the repository, or give --ledger PATH"),
         (["--ledger", "none.yaml", "--check"], "there is no ledger none.yaml"),
         (["--ledger", "broken.yaml"], "broken.yaml is no YAML"),
+        (["--ledger", "list.yaml"], "list.yaml is no YAML: a key has to be a text in"),
         (["--ledger", "twice.yaml"], "twice.yaml is no YAML: why is there twice in"),
         (["--id", "full-runs"], "there is no claim full-runs (did you mean full-run?)"),
+        (["--id", ""], "there is no claim "),
+        (["--paper", ""], "--paper is none of: full"),
+        (["--update", ""], "--update .: there is no such file"),
         (["--paper", "other"], "--paper other is none of: full"),
         (["--verdict", "wrong"], "invalid choice: 'wrong'"),
         (["--id", "full-run", "--paper", "full"], "--paper chooses rows of the table, and --id shows none"),
@@ -218,6 +234,7 @@ def test_wrong_input_is_one_sentence(
     monkeypatch.chdir(tmp_path)
     Path("plain.md").write_text("nothing\n")
     Path("broken.yaml").write_text("a: [")
+    Path("list.yaml").write_text("? [a, b]\n: c\n")
     Path("twice.yaml").write_text("claims:\n  - why: one\n    why: two\n")
     with pytest.raises(SystemExit) as ended:
         main(["claims", *words])

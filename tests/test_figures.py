@@ -217,7 +217,7 @@ def test_the_better_slicing_is_the_darker_its_cell_in_grey() -> None:
     assert len(patches) == 5
     greys = [luminance(each.get_facecolor()[:3]) for each in patches]
     assert greys == sorted(greys, reverse=True)
-    assert min(itertools.starmap(operator.sub, itertools.pairwise(greys))) > 0.05
+    assert min(itertools.starmap(operator.sub, itertools.pairwise(greys))) > 0.03
 
 
 def test_distances_within_rounding_are_the_main_panel() -> None:

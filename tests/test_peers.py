@@ -157,7 +157,8 @@ def test_autotp_leaves_ranks_without_a_head() -> None:
     """With two heads on four ranks two of them have no part in attention; the result is right."""
     outcomes = on_ranks(4, run, "autotp", replace(SHAPE, heads=2, kv_heads=2), 4)
     check(outcomes)
-    assert outcomes[0].weight_bytes > outcomes[3].weight_bytes
+    least = min(each.weight_bytes for each in outcomes)
+    assert [each.weight_bytes > least for each in outcomes] == [True, True, False, False]  # N - h = 2 without a head
 
 
 def test_ulysses_refuses_more_ranks_than_heads() -> None:

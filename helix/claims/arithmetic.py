@@ -16,7 +16,7 @@ from helix.claims.outcome import Outcome
 from helix.config.hardware import HardwareConfig
 from helix.config.schema import ConfigError, to_shape
 from helix.config.words import size
-from helix.partition.grid import Grid
+from helix.partition.grid import Grid, PartitionError
 from helix.partition.options import AttentionOptions
 from helix.partition.shape import TransformerShape
 from helix.partition.transformer_cost import TransformerCost
@@ -73,11 +73,12 @@ def cache_within(model: str, batch: int, length: int, stated: float) -> Outcome:
     return Outcome(stated, follows, follows <= stated, words)
 
 
-def whole_input_within(model: str, batch: int, length: int, stated: float) -> Outcome:
-    """Whether X, of which X W^(i,j) needs all, fits into the activations stated for one device."""
+def whole_input_within(model: str, batch: int, length: int, stated: float, parts: int = 1) -> Outcome:
+    """Whether X of a batch in parts, of which X W^(i,j) needs all, fits into the activations stated for a device."""
     width = _shape(model).width
-    follows = batch * length * width * FP16
-    words = f"X: {batch} x {length} x {width} x {FP16} bytes = {size(follows)} on each device; stated: {size(stated)}"
+    follows = batch / parts * length * width * FP16
+    tokens = f"{batch} x {length}" if parts == 1 else f"{batch} / {parts} x {length}"
+    words = f"X: {tokens} x {width} x {FP16} bytes = {size(follows)} on each device; stated: {size(stated)}"
     return Outcome(stated, follows, follows <= stated, words)
 
 
@@ -143,19 +144,29 @@ def sent_bytes(model: str, batch: int, length: int, m: int, n: int, tensor: int,
     """
     shape, tokens = _shape(model), batch * length
     concat = AttentionOptions("perslice", aggregate="concat", residual="replicated")
-    ours = sum(TransformerCost(shape, Grid(m, n), concat, batch, length, FP16).bytes(0).values())
+    ours = TransformerCost(shape, Grid(m, n), concat, batch, length, FP16).bytes(0)
     plain = AttentionOptions("batch", residual="replicated")
     theirs = TransformerCost(shape, Grid(1, tensor), plain, batch, length, FP16).bytes(0)
     within = sum(theirs.values()) // stage + (stage - 1) * tokens * shape.width * FP16 // tensor
-    follows = ours / within
-    words = f"m={m}, n={n}: {size(ours)} a rank and pass; TP{tensor} x PP{stage}: {size(within)}; {follows:.2f} times"
+    follows = sum(ours.values()) / within
+    attention, its = (sum(sent for name, sent in each.items() if "attention" in name) for each in (ours, theirs))
+    layer, its_layer = (
+        sum(sent for name, sent in each.items() if "attention" in name or "mlp" in name) / shape.layers
+        for each in (ours, theirs)
+    )
+    words = (
+        f"m={m}, n={n}: {size(sum(ours.values()))} a rank and pass; TP{tensor} x PP{stage}: {size(within)}; "
+        f"{follows:.2f} times; attention alone {size(attention)} to {size(its / stage)}, "
+        f"{attention * stage / its:.2f} times; one layer {size(layer)} to {size(its_layer)} on the ranks that have it"
+    )
     return Outcome(1.0, follows, follows <= 1, words)
 
 
-def gpus_of_system(hardware: str, stated: int) -> Outcome:
-    """Whether one system of a kind has as many GPUs as are stated to be in it."""
-    follows = _hardware(hardware).devices_per_host or 0
-    return Outcome(stated, follows, stated == follows, f"one {hardware} has {follows} GPUs; stated: {stated}")
+def gpus_of_system(hardware: str, stated: int, systems: int = 1) -> Outcome:
+    """Whether systems of a kind have as many GPUs as are stated."""
+    one = _hardware(hardware).devices_per_host or 0
+    words = f"{systems} x {hardware} with {one} GPUs each: {systems * one}; stated: {stated}"
+    return Outcome(stated, systems * one, stated == systems * one, words)
 
 
 def bandwidth_within(stated: Sequence[float], tokens_per_s: Sequence[float]) -> Outcome:
@@ -187,7 +198,7 @@ def run_check(name: str, given: Mapping[str, Any]) -> Outcome:
     """Run a check by its name.
 
     Raises:
-        ConfigError: if there is none of that name, or it takes other arguments.
+        ConfigError: if there is none of that name, or it takes other arguments or other figures.
     """
     if name not in CHECKS:
         raise ConfigError(f"there is no check {name}; choose one of: {', '.join(CHECKS)}")
@@ -197,4 +208,9 @@ def run_check(name: str, given: Mapping[str, Any]) -> Outcome:
     except TypeError as error:
         legal = ", ".join(inspect.signature(check).parameters)
         raise ConfigError(f"{name}: {error}; it takes {legal}") from error
-    return check(**given)
+    try:
+        return check(**given)
+    except (ConfigError, PartitionError):
+        raise
+    except (ArithmeticError, TypeError, ValueError) as error:
+        raise ConfigError(f"{name} cannot be computed from {dict(given)}: {error}") from error

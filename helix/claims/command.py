@@ -41,8 +41,8 @@ def run(options: argparse.Namespace) -> None:
     """
     from rich.console import Console
 
-    instead = [name for name in ("id", "check", "markdown", "update") if getattr(options, name)]
-    filters = [name for name in ("verdict", "paper") if getattr(options, name)]
+    instead = [name for name in ("id", "check", "markdown", "update") if getattr(options, name) not in (None, False)]
+    filters = [name for name in ("verdict", "paper") if getattr(options, name) is not None]
     if instead and filters:
         raise ConfigError(f"--{filters[0]} chooses rows of the table, and --{instead[0]} shows none; give one of them")
     if options.check:
@@ -52,13 +52,13 @@ def run(options: argparse.Namespace) -> None:
     from helix.claims import ledger, table
 
     claims = ledger.read(options.ledger)
-    if options.id:
+    if options.id is not None:
         Console().print(table.render_one(claims, options.id))
     elif options.markdown:
         from helix.claims.markdown import markdown
 
         print(markdown(claims))
-    elif options.update:
+    elif options.update is not None:
         _update(claims, options.update)
     else:
         if options.paper not in (None, *claims.papers):
@@ -73,11 +73,12 @@ def _check(path: Path) -> None:
     Raises:
         RuntimeError: if there are any.
     """
-    from helix.claims import ledger, resolve
+    from helix.claims import ledger
+    from helix.claims.faults import faults
 
     try:
         claims = ledger.read(path)
-        found = resolve.faults(claims)
+        found = faults(claims)
     except ledger.LedgerError as error:
         found = list(error.faults)
     for fault in found:

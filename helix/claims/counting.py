@@ -30,10 +30,10 @@ def listed(stated: int, names: Sequence[str]) -> Outcome:
     return Outcome(stated, len(names), stated == len(names), words)
 
 
-def one_value(stated: Sequence[float]) -> Outcome:
-    """Whether what is said to be one setting has one value wherever it is stated; `follows` counts the values."""
-    values = sorted(set(stated))
-    words = f"stated as {', '.join(figure(each) for each in values)}"
+def one_value(stated: Sequence[float | str]) -> Outcome:
+    """Whether what is said to be one thing has one value wherever it is stated; `follows` counts the values."""
+    values = sorted(set(stated), key=str) if any(isinstance(each, str) for each in stated) else sorted(set(stated))
+    words = f"stated as {', '.join(each if isinstance(each, str) else figure(each) for each in values)}"
     return Outcome(1, len(values), len(values) == 1, words)
 
 
@@ -96,14 +96,19 @@ def batches_of_weak_scaling(batch: int, at: int, devices: Sequence[int]) -> Outc
 
 
 def busy_time(shares: Sequence[float], tokens_per_s: Sequence[float], stated: float) -> Outcome:
-    """How much less a token keeps the links busy, by their utilization before and after, beside a stated reduction."""
+    """Utilization of links before and after beside a stated reduction of the time in them, by two readings.
+
+    As a part of time: how much less a token keeps the links busy, which is `follows`. As the bandwidth reached while
+    communicating: how many bytes less that needs, possible if not fewer than none.
+    """
     before, after = (share / speed for share, speed in zip(shares, tokens_per_s, strict=True))
-    follows = 1 - after / before
+    follows, fewer = 1 - after / before, 1 - (1 - stated) * shares[1] / shares[0]
     words = (
         f"{shares[0]:.0%} / {figure(tokens_per_s[0])} and {shares[1]:.0%} / {figure(tokens_per_s[1])}: "
-        f"{before * 1e6:.3f} and {after * 1e6:.3f} us of a busy link a token, {follows:.1%} less; stated: {stated:.1%}"
+        f"{before * 1e6:.3f} and {after * 1e6:.3f} us of a busy link a token, {follows:.1%} less; stated: "
+        f"{stated:.1%}, which as bandwidth needs {fewer:.1%} fewer bytes"
     )
-    return Outcome(stated, follows, abs(follows - stated) < 0.05, words)
+    return Outcome(stated, follows, abs(follows - stated) < 0.05 or fewer >= 0, words)
 
 
 ALL: tuple[Callable[..., Outcome], ...] = (

@@ -31,11 +31,19 @@ def cohens_d(before: float, after: float, half: float, runs: int, stated: float)
     return Outcome(stated, follows, abs(follows / stated - 1) <= 0.1, f"{words}; stated: {stated:g}")
 
 
-def p_of_effect(d: float, pairs: int, below: float) -> Outcome:
-    """The p of a paired t-test whose pairs have this Cohen's d: t = d sqrt(pairs)."""
-    t = d * math.sqrt(pairs)
-    follows = float(2 * stats.t.sf(t, pairs - 1))
-    words = f"d = {d:g} of {pairs} pairs: t = {t:.2f}, p = {follows:.4f}; stated: p < {below:g}"
+def p_of_effect(d: float, pairs: int, below: float, correlation: float = 0.5) -> Outcome:
+    """The p of a paired t-test, by Cohen's d over the deviation of each group: t = d sqrt(pairs / (2 (1 - r))).
+
+    Args:
+        correlation: r of the pairs; at 0.5 d over the deviation of the differences is the same.
+    """
+    t, plain = d * math.sqrt(pairs / (2 * (1 - correlation))), d * math.sqrt(pairs)
+    follows, uncorrected = (float(2 * stats.t.sf(each, pairs - 1)) for each in (t, plain))
+    words = (
+        f"d = {d:g} of {pairs} pairs over the differences' deviation: t = {plain:.2f}, p = {uncorrected:.4f}; over "
+        f"the groups', of pairs that correlate by {correlation:g}: t = {t:.2f}, p = {follows:.4f}; stated: "
+        f"p < {below:g}"
+    )
     return Outcome(below, follows, follows < below, words)
 
 

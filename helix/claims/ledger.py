@@ -28,6 +28,8 @@ KINDS = ("measured", "modelled", "computed")
 # Of figures; `helix.claims.words` shows each.
 UNITS = ("tokens/s", "bytes", "bytes/s", "ms", "s", "share", "times", "count", "p", "bits", "error")
 EVIDENCE = ("test", "run", "command", "source")
+# Of a quote: as it stands there, put together of a table's cells, or a formula without its typesetting.
+FORMS = ("verbatim", "cells", "formula")
 # Lists that README shows: as long as a reader still reads.
 MOST_TELLING = 12
 
@@ -110,6 +112,7 @@ class Claim:
     check: Check | None = None
     hard: str = ""
     telling: bool = False
+    form: str = "verbatim"
 
 
 @dataclass(frozen=True)
@@ -178,9 +181,18 @@ class _Reader:
         name = content.get("id") if isinstance(content, dict) else None
         where = str(name or f"claim {number}")
         needed = dict.fromkeys(("id", "paper", "section", "quote", "verdict", "why"), str)
-        allowed = {"evidence": list, "value": dict, "ours": list, "check": dict, "hard": str, "telling": bool}
+        allowed = {
+            "evidence": list,
+            "value": dict,
+            "ours": list,
+            "check": dict,
+            "hard": str,
+            "telling": bool,
+            "form": str,
+        }
         found = self._keys(content, where, needed, allowed)
         self._one_of(where, "verdict", found.get("verdict"), VERDICTS)
+        self._one_of(where, "form", found.get("form"), FORMS)
         self._one_of(where, "paper", found.get("paper"), tuple(papers))
         claim = Claim(
             **{key: found.get(key, "") for key in needed},
@@ -190,6 +202,7 @@ class _Reader:
             check=self._check(where, found["check"]) if "check" in found else None,
             hard=found.get("hard", ""),
             telling=found.get("telling", False),
+            form=found.get("form", FORMS[0]) if found.get("form") in FORMS else FORMS[0],
         )
         self._supported(where, claim)
         return claim

@@ -22,10 +22,11 @@ def markdown(ledger: Ledger) -> str:
         f"Helix comes from {_number(papers)} papers by others. `paper/claims.yaml` holds {total} claims of theirs, "
         "each with a verdict and what shows it: a test, a run, or its own arithmetic as a function that runs. "
         f"{table[REPRODUCED][ALL]} are reproduced, nearly all of them on how the method cuts a model; "
-        f"{table[NOT_REPRODUCED][ALL]} were measured and did not hold; {table[INCONSISTENT][ALL]} are excluded by "
-        f"the papers' own figures; {table[UNTESTABLE][ALL]} cannot be tested here, most for want of their 16 H100s, "
-        "and have a modelled figure at most. `python -m helix claims` shows all, `--id full-cohens-d` one with its "
-        "arithmetic and evidence, `--check` holds every one against its files, tests and sums.",
+        f"{table[NOT_REPRODUCED][ALL]} were tried and did not hold; {table[INCONSISTENT][ALL]} are contradicted by "
+        "the papers' own words or figures, or by the data sheet of what they name; "
+        f"{table[UNTESTABLE][ALL]} cannot be tested here, most for want of their 16 H100s, and have a modelled figure "
+        "at most. Times on CPU ranks decide nothing. `python -m helix claims` shows all, `--id full-cohens-d` one "
+        "with its arithmetic and evidence, `--check` holds every one against its files, tests and sums.",
         _counted(ledger),
         _table(("the papers' words", "verdict", "why", "found"), [_told(row) for row in telling(ledger)]),
         f"<details>\n<summary>All {total} claims</summary>\n",
@@ -58,13 +59,13 @@ def _counted(ledger: Ledger) -> str:
 
 def _of_paper(ledger: Ledger, name: str) -> str:
     about = ledger.papers[name]
-    body = [(f"`{row.id}`", f'"{_plain(row.quote)}"', row.verdict, _found(row)) for row in rows(ledger, paper=name)]
+    body = [(f"`{row.id}`", _plain(row.quoted), row.verdict, _found(row)) for row in rows(ledger, paper=name)]
     return f"**{name}**: {about.title}; {about.setting}\n\n" + _table(("id", "claim", "verdict", "found"), body)
 
 
 def _told(row: Row) -> tuple[str, ...]:
     figures = "<br>".join(_plain(said(one)) for one in row.found)
-    return f'"{_plain(row.quote)}" (`{row.id}`)', row.verdict, _plain(row.why), figures
+    return f"{_plain(row.quoted)} (`{row.id}`)", row.verdict, _plain(row.why), figures
 
 
 def _found(row: Row) -> str:

@@ -1,8 +1,7 @@
-"""Our figures behind a claim: looked up in runs' files, or returned by its check; and whether its evidence exists."""
+"""Our figures behind a claim: looked up in runs' files, or returned by its check."""
 
 from __future__ import annotations
 
-import ast
 import csv
 import json
 import re
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from helix.claims.arithmetic import Outcome, run_check
-from helix.claims.ledger import INCONSISTENT, NOT_REPRODUCED, Claim, Evidence, Ledger, Ours
+from helix.claims.ledger import Claim, Ledger, Ours
 from helix.config.schema import ConfigError
 from helix.partition.grid import PartitionError
 
@@ -21,7 +20,6 @@ _STEP = re.compile(
     r"""\.?(?:(?P<name>[\w-]+)|(?P<sum>\*)|\[(?P<index>\d+)\]|\["(?P<key>[^"]+)"\]|\[(?P<where>[^\]"]+)\]"""
     r"""|\((?P<pair>[^)]+)\))"""
 )
-PROGRAMS = ("python -m helix", "python infer.py", "python train.py", "make")
 
 
 @dataclass(frozen=True)
@@ -62,19 +60,6 @@ def outcome(claim: Claim) -> Outcome | None:
         return run_check(claim.check.name, claim.check.given)
     except (ConfigError, PartitionError) as error:
         raise ConfigError(f"{claim.id}: check: {error}") from error
-
-
-def faults(ledger: Ledger) -> list[str]:
-    """What the ledger refers to and is not there, or says otherwise: one sentence each, naming claim and key."""
-    said = []
-    for claim in ledger.claims:
-        said += [_missing(ledger, claim, one) for one in claim.evidence]
-        try:
-            said.append(_verdict_against(claim, outcome(claim)))
-            found(ledger, claim)
-        except ConfigError as error:
-            said.append(str(error))
-    return [each for each in said if each]
 
 
 def look_up(content: Any, path: str) -> Any:
@@ -166,35 +151,3 @@ def _number(value: Any, path: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ConfigError(f"path {path} is {value!r}, which is no number")
     return float(value)
-
-
-def _missing(ledger: Ledger, claim: Claim, evidence: Evidence) -> str:
-    """What is wrong with one piece of evidence; nothing if it is there."""
-    if evidence.kind == "run" and not (ledger.root / evidence.words).is_file():
-        return f"{claim.id}: evidence: there is no run {evidence.words}"
-    if evidence.kind == "test":
-        name, _, function = evidence.words.partition("::")
-        if function not in tests_of(ledger.root / name):
-            return f"{claim.id}: evidence: there is no test {evidence.words}"
-    if evidence.kind == "command" and not evidence.words.startswith(PROGRAMS):
-        return f"{claim.id}: evidence: a command starts with one of: {', '.join(PROGRAMS)}"
-    return ""
-
-
-@lru_cache(maxsize=256)
-def tests_of(path: Path) -> frozenset[str]:
-    """Names of the test functions that a file defines; none if it is not there."""
-    if not path.is_file():
-        return frozenset()
-    parsed = ast.parse(path.read_text())
-    return frozenset(
-        each.name for each in parsed.body if isinstance(each, ast.FunctionDef) and each.name[:5] == "test_"
-    )
-
-
-def _verdict_against(claim: Claim, said: Outcome | None) -> str:
-    """A check that contradicts its claim's verdict."""
-    if said is None or claim.verdict == NOT_REPRODUCED or said.agrees == (claim.verdict != INCONSISTENT):
-        return ""
-    word = "agrees with" if said.agrees else "contradicts"
-    return f"{claim.id}: its check {word} the claim, and the verdict is '{claim.verdict}': {said.words}"

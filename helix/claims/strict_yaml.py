@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ class _Strict(yaml.SafeLoader):
 
 def _mapping(loader: _Strict, node: yaml.MappingNode) -> dict[Any, Any]:
     keys = [loader.construct_object(key) for key, _ in node.value]
+    for (node_of, _), key in zip(node.value, keys, strict=True):
+        if not isinstance(key, Hashable):
+            raise yaml.constructor.ConstructorError(None, None, "a key has to be a text", node_of.start_mark)
     twice = next((key for number, key in enumerate(keys) if key in keys[:number]), None)
     if twice is not None:
         raise yaml.constructor.ConstructorError(None, None, f"{twice} is there twice", node.start_mark)

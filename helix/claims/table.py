@@ -14,7 +14,7 @@ from rich.text import Text
 
 from helix.claims.ledger import INCONSISTENT, NOT_REPRODUCED, REPRODUCED, UNTESTABLE, VERDICTS, Claim, Ledger
 from helix.claims.resolve import Found, found, outcome
-from helix.claims.words import said, shown
+from helix.claims.words import filled, said, shown
 
 ALL = "all"
 # A verdict's sign where a column is narrow, and its colour.
@@ -26,11 +26,16 @@ SIGNS = {
 }
 
 
+# How a quote is shown, by its form: what is put together of a table or transliterated is no quotation.
+_FORMS = {"verbatim": '"{}"', "cells": "{} (cells of a table)", "formula": "{} (a formula, transliterated)"}
+
+
 @dataclass(frozen=True)
 class Row:
     """A claim with everything resolved to text; `found` has the numbers.
 
     Args:
+        quoted: the quote in quotation marks, if it is verbatim; else with a word on what it is.
         stated: the paper's figure, or nothing.
         ours: our figures, joined by semicolons; or nothing.
         arithmetic: what the executable check says; or nothing.
@@ -41,6 +46,7 @@ class Row:
     paper: str
     section: str
     quote: str
+    quoted: str
     stated: str
     verdict: str
     ours: str
@@ -83,14 +89,15 @@ def row(ledger: Ledger, claim: Claim) -> Row:
         paper=claim.paper,
         section=claim.section,
         quote=" ".join(claim.quote.split()),
+        quoted=_FORMS[claim.form].format(" ".join(claim.quote.split())),
         stated=shown(claim.value.figure, claim.value.unit) if claim.value else "",
         verdict=claim.verdict,
         ours="; ".join(said(one) for one in ours),
         found=ours,
-        why=" ".join(claim.why.split()),
+        why=filled(claim.why, ours),
         arithmetic=checked.words if checked else "",
         evidence=(*(each.words for each in claim.evidence), *([f"check {claim.check.name}"] if claim.check else [])),
-        hard=" ".join(claim.hard.split()),
+        hard=filled(claim.hard, ours),
     )
 
 
@@ -137,7 +144,7 @@ def render_one(ledger: Ledger, name: str) -> RenderableType:
     mark, colour = SIGNS[one.verdict]
     words: list[tuple[str, RenderableType]] = [
         ("paper", Text(f"{one.paper}: {ledger.papers[one.paper].title}; {one.section}")),
-        ("quote", Text(f'"{one.quote}"')),
+        ("quote", Text(one.quoted)),
         ("states", Text(one.stated)),
         ("verdict", Text(f"{mark} {one.verdict}", style=colour)),
         ("why", Text(one.why)),
@@ -170,6 +177,6 @@ def _claims(own: list[Row]) -> Table:
     table.add_column("found", overflow="fold", ratio=4)
     for one in own:
         mark, colour = SIGNS[one.verdict]
-        claim = Text.assemble((one.id, "bold"), "\n", (f'"{one.quote}"', "dim"))
+        claim = Text.assemble((one.id, "bold"), "\n", (one.quoted, "dim"))
         table.add_row(Text(mark, style=colour), claim, Text("\n".join(said(each) for each in one.found) or one.why))
     return table

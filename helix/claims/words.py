@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 
 from helix.claims.resolve import Found
+from helix.config.schema import ConfigError
 from helix.config.words import figure, size
+
+_PLACE = re.compile(r"\{(.*?)\}")
 
 
 def _millions(value: float) -> str:
@@ -50,3 +54,20 @@ def shown(value: float, unit: str, interval: tuple[float, float] | None = None) 
 def said(found: Found) -> str:
     """One of our figures with what it is of and where it comes from."""
     return f"{found.label}: {shown(found.value, found.unit, found.interval)}, {found.kind}"
+
+
+def filled(text: str, figures: Sequence[Found]) -> str:
+    """A text on one line with {0}, {1} replaced by our figures of these places.
+
+    Raises:
+        ConfigError: if there is no such place.
+    """
+
+    def figure_at(place: re.Match[str]) -> str:
+        number = place[1]
+        if not number.isdecimal() or int(number) >= len(figures):
+            raise ConfigError(f"{place.group()} names none of the {len(figures)} figures of ours, counted from {{0}}")
+        one = figures[int(number)]
+        return shown(one.value, one.unit)
+
+    return _PLACE.sub(figure_at, " ".join(text.split()))

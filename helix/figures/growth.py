@@ -89,7 +89,9 @@ def _draw_bytes(axes: Axes, points: pd.DataFrame, lines: pd.DataFrame) -> None:
         curve = lines[(lines["schedule"] == schedule) & (lines["bytes"] > 0)].sort_values("x")
         if len(own):
             marks, line = _looks(schedule)
-            axes.plot(own["x"], own["bytes"], **marks)
+            # `batch` and `heads` send as many bytes: the one below has to be seen around the other.
+            larger = {"markersize": 8} if schedule == "batch" else {}
+            axes.plot(own["x"], own["bytes"], **(marks | larger))
             axes.plot(curve["x"], curve["bytes"], **line)
 
 

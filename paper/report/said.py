@@ -156,6 +156,8 @@ def _papers(sources: Sources) -> Said:
 def _known(sources: Sources) -> Said:
     rows = [row for mode in ("generate", "train") for row in sources.json(f"plan_known_{mode}")["rows"]]
     yield "of known models slicing ties at best", max(row["ratio"] for row in rows if row["ratio"]) < 1.005
+    sliced = {row["model"] for row in rows if row["best"] and row["best"]["layout"]["m"] > 1}
+    yield "of known models Llama 3 70B alone is planned with slices", sliced == {"llama3_70b"}
     latent = [row["refusal"] for row in rows if row["model"] == "deepseek_v3"]
     yield "DeepSeek-V3 is refused", all(latent)
 

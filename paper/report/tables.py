@@ -209,7 +209,8 @@ def _claim_counts(sources: Sources) -> Rows:
 
 
 def _said(row: Row) -> str:
-    return f"\u201c{row.quote}\u201d"
+    """Words of a manuscript in quotation marks; cells and formulas, which are no quotation, with a word on it."""
+    return f"\u201c{row.quote}\u201d" if row.quoted == f'"{row.quote}"' else row.quoted
 
 
 def _telling(row: Row) -> list[str]:
