@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from helix.attention import HelixAttention as HelixAttention
+    from helix.certify.run import verify as verify
     from helix.comm.launch import launch as launch
     from helix.comm.mesh import Mesh as Mesh
     from helix.partition.grid import Grid as Grid
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from helix.pretrained.helixify import helixify as helixify
 
 __version__ = "0.1.0"
-__all__ = ["Grid", "HelixAttention", "Mesh", "PartitionError", "helixify", "launch", "plan"]
+__all__ = ["Grid", "HelixAttention", "Mesh", "PartitionError", "helixify", "launch", "plan", "verify"]
 
 _HOMES = {
     "Grid": "helix.partition.grid",
@@ -29,6 +30,7 @@ _HOMES = {
     "helixify": "helix.pretrained.helixify",
     "launch": "helix.comm.launch",
     "plan": "helix.planner.plan",
+    "verify": "helix.certify.run",
 }
 
 

@@ -11,6 +11,7 @@ from typing import NoReturn, Protocol
 
 from helix.calibration import command as calibrate_command
 from helix.calibration import validate_command
+from helix.certify import command as verify_command
 from helix.checkpoint import command as checkpoint_command
 from helix.checkpoint.content import CheckpointError
 from helix.claims import command as claims_command
@@ -33,6 +34,7 @@ class _Command(Protocol):
 _COMMANDS: dict[str, tuple[_Command, str]] = {
     "calibrate": (calibrate_command, "measure this machine, and write a file that hardware= takes"),
     "validate": (validate_command, "hold a machine's file against its own ranks: times, memory, bytes, choices"),
+    "verify": (verify_command, "hold a grid's schedules against one device on the ranks at hand: exact, or not"),
     "bench": (bench_command, "measure alternatives side by side, alternating in one launch"),
     "checkpoint": (checkpoint_command, "whole weights to and from one safetensors file"),
     "plan": (plan_command, "choose a layout for a machine, with its cost and why"),

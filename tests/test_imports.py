@@ -36,7 +36,7 @@ def test_starts_without_torch() -> None:
 
 
 def test_public_names_need_neither_deepspeed_nor_lightning() -> None:
-    assert imported("from helix import launch, HelixAttention") == {"torch"}
+    assert imported("from helix import launch, HelixAttention, verify") == {"torch"}
 
 
 def test_the_probe_sees_what_is_imported() -> None:

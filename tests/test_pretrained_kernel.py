@@ -132,3 +132,12 @@ def test_products_that_16_bits_do_not_hold_are_scaled_first(rows: int, tolerance
         scores = scores * scale if softcap is None else torch.tanh(scores * scale / softcap) * softcap
         expected = scores.softmax(-1) @ v.double()
         assert (out.double() - expected).abs().max() < tolerance
+
+
+def test_queries_whose_features_are_not_side_by_side() -> None:
+    """As slices of one feature come from a gather; the flash kernel itself reads what lies beside them."""
+    q, k, v = (torch.randn(2, 4, rows, 2, dtype=torch.float64) for rows in (1, 5, 5))
+    strided = q.movedim(-1, 0).contiguous().movedim(0, -1)
+    assert strided.stride(-1) != 1
+    for found, expected in zip(*(partial(z, k, v, None, Scoring(0.5)) for z in (strided, q)), strict=True):
+        assert torch.equal(found, expected)

@@ -135,11 +135,11 @@ class HelixAttention(nn.Module):
         schedule = self.schedule_for(*shape)
         x = self.stream.enter(x, shape[0] * shape[1], "attention")
         with phase("attention.project_in"):
-            qkv = self._project_in(x, shape, exact=schedule != "perslice")
+            qkv = self.project_in(x, shape, exact=schedule != "perslice")
         with phase("attention.schedule"):
             o = ATTEND[schedule](qkv, self.layout.heads // self.grid.n, self.slices, self.causal)
         with phase("attention.project_out"):
-            return self._project_out(o)
+            return self.project_out(o)
 
     def schedule_for(self, batch: int, length: int) -> str:
         """The schedule that runs this batch and length.
@@ -152,7 +152,7 @@ class HelixAttention(nn.Module):
         check_schedule(self.schedule, self.layout, self.grid, batch, length)
         return self.schedule
 
-    def _project_in(self, x: Tensor, shape: tuple[int, int], exact: bool) -> Tensor:
+    def project_in(self, x: Tensor, shape: tuple[int, int], exact: bool) -> Tensor:
         """x[N, E] -> qkv[B, T, (H + 2K)@head, D@slice], Q and K normed and rotated."""
         heads, kv_heads = self.layout.heads // self.grid.n, self.layout.kv_heads // self.grid.n
         # One matrix product for all three: on few rows and narrow shards three small ones cost more.
@@ -186,7 +186,7 @@ class HelixAttention(nn.Module):
         blocks = x.view(x.shape[0], n, self.layout.heads // n, parts, m, -1)
         return blocks[:, self.groups.rank, :, :, self.slices.rank].flatten(1)
 
-    def _project_out(self, o: Tensor) -> Tensor:
+    def project_out(self, o: Tensor) -> Tensor:
         """o[B, T, H@head, D@slice] -> the residual stream."""
         o = o.flatten(0, 1)
         if self.wo is not None:

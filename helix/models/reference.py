@@ -31,6 +31,7 @@ class Reference(nn.Module):
 
     Attributes:
         routes: for each MoE layer of the last forward, the experts [N, k] that the tokens were sent to.
+        gates: of the same, the probabilities [N, experts] that they were chosen by.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Reference(nn.Module):
         self.slices = grid.m if narrow else 1
         self.dtype = dtype
         self.routes: list[Tensor] = []
+        self.gates: list[Tensor] = []
         self.weights = nn.ParameterDict()
         self._std: dict[str, float] = {}
         self._add("embedding.weight", (shape.vocab, shape.width), 1.0)
@@ -97,7 +99,7 @@ class Reference(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens[B, T] -> logits[B * T, V]."""
-        self.routes = []
+        self.routes, self.gates = [], []
         x = F.embedding(tokens, self._weight("embedding.weight"))
         for layer in range(self.shape.layers):
             block = f"blocks.{layer}"
@@ -140,6 +142,7 @@ class Reference(nn.Module):
         if self.shape.top_k > 1:
             weight = weight / weight.sum(-1, keepdim=True)
         self.routes.append(expert)
+        self.gates.append(gates)
         y = torch.zeros_like(flat)
         for index in range(self.shape.experts):
             token, rank = (expert == index).nonzero(as_tuple=True)

@@ -106,8 +106,12 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scoring: Scorin
         if q.shape[2] > 1:
             rows = rows.expand(-1, -1, q.shape[2], -1).repeat(1, 1, q.shape[1] // k.shape[1], 1)
         bias = torch.where(rows, 0.0, -torch.inf).to(q.dtype)
+    query = _packed(q, k)
+    if query.stride(-1) != 1:
+        # As of slices of one feature that were gathered without a copy: the kernel itself would read beside them.
+        query = query.contiguous()
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        _packed(q, k), k, v, attn_mask=bias, scale=scoring.scale
+        query, k, v, attn_mask=bias, scale=scoring.scale
     )
     if rows is not None:
         # It says 0 for a row that sees no key, which would weigh as much as a score of 0.
