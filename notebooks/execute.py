@@ -19,6 +19,8 @@ import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 
+from helix.study.report import write_whole
+
 HERE = Path(__file__).resolve().parent
 LIMIT_S = 180  # of a notebook, which takes 5 to 20 s on two cores
 _RANDOM_ID = re.compile(r"(?<![0-9a-f])[0-9a-f]{32}(?![0-9a-f])")
@@ -53,7 +55,7 @@ def execute(path: Path, to: Path) -> str | None:
         fault = f"{type(error).__name__}: {error} ({LIMIT_S} s is the limit of a notebook)"
     fault = fault or warned(notebook)
     if fault is None or to != path:
-        write(settle(notebook), to)
+        write_whole(nbformat.writes(settle(notebook)) + "\n", to)
     return fault
 
 
@@ -87,13 +89,6 @@ def settle(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     text = _ADDRESS.sub(">", nbformat.writes(notebook))
     numbers = {random: f"{number:032x}" for number, random in enumerate(ids, 1)}
     return nbformat.reads(_RANDOM_ID.sub(lambda found: numbers[found[0]], text), as_version=4)
-
-
-def write(notebook: nbformat.NotebookNode, to: Path) -> None:
-    """Whole or not at all."""
-    draft = to.with_name(f".{to.name}.{os.getpid()}")
-    nbformat.write(notebook, draft)
-    draft.replace(to)
 
 
 def main() -> int:

@@ -4,30 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import platform
 import sys
 from pathlib import Path
 
-import psutil
-
-from helix.study.provenance import git_commit, now, versions
-
-
-def machine() -> dict[str, object]:
-    """What decides how fast runs are, and nothing that names the machine."""
-    told = Path("/proc/cpuinfo")
-    models = (
-        [line for line in told.read_text().splitlines() if line.startswith("model name")]
-        if told.exists()
-        else []
-    )
-    return {
-        "cpu": models[0].partition(":")[2].strip() if models else platform.processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_GB": round(psutil.virtual_memory().total / 1e9, 1),
-        "system": platform.platform(),
-    }
+from helix.study.provenance import git_commit, machine, now, versions
 
 
 def main(folder: Path) -> None:

@@ -210,10 +210,15 @@ def _models(device: torch.device) -> Works:
         model.init_weights(0)
         works["layers", layers] = partial(model, token)
         if device.type == "cpu":  # a GPU is handed its operations ahead of time
-            plain = PlainTransformer(overhead_shape(layers), torch.float32)
-            plain.init_weights(0)
-            works["plain layers", layers] = partial(plain, token)
-            cut = PlainTransformer(overhead_shape(layers), torch.float32)
-            cut.init_weights(0)
-            works["tensor layers", layers] = partial(tensor_parallel(cut, mesh.device_mesh["head"]), token)
+            cut = tensor_parallel(_plain(layers), mesh.device_mesh["head"])
+            works |= {
+                ("plain layers", layers): partial(_plain(layers), token),
+                ("tensor layers", layers): partial(cut, token),
+            }
     return works
+
+
+def _plain(layers: int) -> PlainTransformer:
+    model = PlainTransformer(overhead_shape(layers), torch.float32)
+    model.init_weights(0)
+    return model

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
@@ -49,16 +48,7 @@ def _host(points: Points) -> Host:
     if points.device == "cuda":
         found = torch.cuda.get_device_properties(torch.cuda.current_device())
         return Host(found.name, round(found.total_memory / 1e9, 1))
-    return Host(_processor(), None)
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else "a CPU"
+    return Host(provenance.processor(), None)
 
 
 def _named(hardware: HardwareConfig, name: str, host: Host) -> HardwareConfig:

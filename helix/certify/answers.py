@@ -6,6 +6,7 @@ differs by is rounding of its own.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -84,7 +85,7 @@ class Answers:
         flat = (x.detach().flatten(0, 1), y.detach().flatten(0, 1), grad.flatten(0, 1))
         return Answer(*flat, wholes, gradients, held)
 
-    def _weights(self, function: Function, draw) -> dict[str, Tensor]:  # type: ignore[no-untyped-def]
+    def _weights(self, function: Function, draw: Callable[..., Tensor]) -> dict[str, Tensor]:
         shape, layout = self.subject.shape, self.subject.shape.layout
         head = (layout.parts, layout.head_dim // layout.parts)
         columns = shape.width // function.block.ranks if function.block else shape.width

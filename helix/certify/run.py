@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import platform
 import socket
 from collections.abc import Sequence
@@ -27,7 +26,7 @@ from helix.partition.options import AttentionOptions
 from helix.partition.shape import TransformerShape
 from helix.planner import catalogue
 from helix.study.progress import progress_bar
-from helix.study.provenance import command, git_commit, now, versions
+from helix.study.provenance import command, git_commit, machine, now, versions
 
 TIMEOUT_S = 120.0  # of a collective that waits for a rank which is not coming
 _NO_TRANSFORMERS = "decoding, whose cache is a Hugging Face model's: the package transformers is not installed"
@@ -218,10 +217,4 @@ def _name(device: torch.device) -> str:
 
 @cache
 def _about() -> dict[str, Any]:
-    machine = {"system": platform.platform(), "cores": os.cpu_count()}
-    return {
-        "versions": versions(),
-        "machine": machine,
-        "command": command(),
-        "git_commit": git_commit(),
-    }
+    return {"versions": versions(), "machine": machine(), "command": command(), "git_commit": git_commit()}

@@ -1,7 +1,8 @@
-"""Where figures come from: versions, command line, commit, time."""
+"""Where figures come from: versions, machine, command line, commit, time."""
 
 from __future__ import annotations
 
+import os
 import platform
 import shlex
 import subprocess
@@ -9,6 +10,7 @@ import sys
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 _DISTRIBUTIONS = (
     "helix-attention", "torch", "lightning", "deepspeed", "transformers", "hydra-core", "wandb", "numpy",
@@ -24,6 +26,28 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
+
+
+def processor() -> str:
+    """The CPU's name, where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else "a CPU"
+
+
+def machine() -> dict[str, Any]:
+    """What decides how fast runs are, and nothing that names the machine."""
+    import psutil  # not at every command's start
+
+    return {
+        "cpu": processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_GB": round(psutil.virtual_memory().total / 1e9, 1),
+        "system": platform.platform(),
+    }
 
 
 def command() -> str:
