@@ -71,7 +71,7 @@ def why_no_delay() -> str:
 
 
 class Process(subprocess.Popen[str]):
-    """A process of a host; signals reach it, not the one that took it there. Its `pid` is not the one it has inside."""
+    """A process of a host. Signals reach it; `pid` is that of nsenter, which took it there and waits for it."""
 
     def send_signal(self, number: int) -> None:
         inside = self._inside()
@@ -138,10 +138,10 @@ class Host:
             options: as `subprocess.Popen` takes them.
         """
         options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL, **options}
+        # A shell's background jobs ignore SIGINT, and so would all that they start.
+        signals = ["setpriv", "--pdeathsig", "KILL", "env", "--default-signal=INT"]
         return Process(
-            [*_enter(self.init, NAMESPACES), "setpriv", "--pdeathsig", "KILL"]
-            # A shell's background jobs ignore SIGINT, and so would all that they start.
-            + ["env", "--default-signal=INT", "-C", str(cwd), *map(str, command)],
+            [*_enter(self.init, NAMESPACES), *signals, "-C", str(cwd), *map(str, command)],
             env={**os.environ, **(env or {})},
             text=True,
             start_new_session=True,
@@ -248,7 +248,8 @@ class _First:
         return int(psutil.Process(self.pid).children()[0].pid)
 
     def __enter__(self) -> _First:
-        assert self._process.stdout is not None and self._process.stderr is not None
+        assert self._process.stdout is not None
+        assert self._process.stderr is not None
         if self._process.stdout.readline() != "ready\n":
             error = self._process.stderr.read().strip()
             self.__exit__(None, None, None)
