@@ -117,6 +117,9 @@ def _start(config: LoggerConfig, directory: Path | str, run_config: Mapping[str,
         console="off",
         silent=True,
         save_code=False,
+        # The remote's address may hold a token, and a command line what its user typed; commit and settings are kept.
+        disable_git=True,
+        x_disable_meta=True,
         # A sampling thread would share two cores with sixteen ranks whose time is being measured.
         x_disable_stats=True,
     )
