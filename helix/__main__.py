@@ -7,6 +7,7 @@ Options are checked without torch. Exit codes as in `helix.command.cli`: 0 done,
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import NoReturn, Protocol
 
 from helix.calibration import command as calibrate_command
@@ -17,6 +18,7 @@ from helix.checkpoint.content import CheckpointError
 from helix.claims import command as claims_command
 from helix.command.sentences import complain
 from helix.config.schema import ConfigError
+from helix.config.secrets import refuse_secrets
 from helix.partition.grid import PartitionError
 from helix.pretrained import gguf_command
 from helix.study import bench_command, plan_command
@@ -54,6 +56,7 @@ def main(argv: list[str] | None = None) -> None:
     options = _parser().parse_args(argv)
     command, _ = _COMMANDS[options.command]
     try:
+        refuse_secrets({"the command line": sys.argv[1:] if argv is None else argv})
         command.run(options)
     except (PartitionError, ConfigError, CheckpointError) as error:
         _stop(str(error), code=2)

@@ -6,12 +6,12 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from helix.command.choose import choose
@@ -23,6 +23,7 @@ from helix.config.check import check
 from helix.config.methods import to_name
 from helix.config.parallel import AUTO
 from helix.config.schema import ConfigError, InferConfig, Misfit, PartitionError, Settings
+from helix.config.secrets import SecretError, refuse_secrets
 from helix.config.train_schema import TrainConfig
 from helix.planner.chosen import told
 
@@ -140,6 +141,8 @@ def settle(this: Command, cfg: DictConfig, folder: str | None = None, where: str
     misfit = None
     try:
         one: Settings = typed(cfg, this.conf)
+        named = {} if folder is None else {folder: str(OmegaConf.select(cfg, folder))}
+        refuse_secrets({"the command line": sys.argv[1:], **asdict(one), **named})
         try:
             one = choose(one)
             check_chosen(one)
@@ -148,6 +151,8 @@ def settle(this: Command, cfg: DictConfig, folder: str | None = None, where: str
             misfit = str(error)
         if folder is not None:
             check_folder(cfg, folder)
+    except SecretError as error:
+        stop(str(error), code=2)  # `where` may hold it, too
     except ConfigError as error:
         stop(where + str(error), code=2)
     except OmegaConfBaseException as error:  # an interpolation that leads nowhere
