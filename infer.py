@@ -1,6 +1,6 @@
 """The inference benchmark: python infer.py parallel=helix_4x4 model=moe; and text: model=smollm2 prompt="Hello"
 
-`python infer.py --help` lists the config groups; README.md says what is measured.
+`python infer.py --help` lists the config groups; docs/runs.md says what is measured.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Training a byte-level language model: python train.py model=dense parallel=helix_2x2
 
-`python train.py --help` lists the config groups; README.md says what the curves and the report hold.
+`python train.py --help` lists the config groups; docs/training.md says what the curves and the report hold.
 """
 
 from __future__ import annotations

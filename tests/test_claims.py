@@ -16,7 +16,7 @@ from helix.claims.ledger import INCONSISTENT, VERDICTS, Ledger, read
 from helix.config.schema import ConfigError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-README = REPOSITORY / "README.md"
+PAGES = (REPOSITORY / "README.md", REPOSITORY / "docs" / "claims.md")
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +56,10 @@ def test_rows_are_text_and_numbers(ledger: Ledger) -> None:
         ledger["full-cohen"]
 
 
-def test_readmes_section_is_up_to_date(ledger: Ledger) -> None:
-    text = README.read_text()
-    assert markdown.update(ledger, text, README) == text, "run: python -m helix claims --update README.md"
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_pages_are_up_to_date(page: Path, ledger: Ledger) -> None:
+    text = page.read_text()
+    assert markdown.update(ledger, text, page) == text, f"run: python -m helix claims --update {page}"
 
 
 # ---------------------------------------------------------------- arithmetic

@@ -194,13 +194,19 @@ def test_the_ledger_is_checked(
 def test_a_section_is_written_between_its_markers(
     written: Callable[[Any], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path, readme = str(written(SMALL)), tmp_path / "README.md"
-    readme.write_text(f"before\n{markdown.BEGIN}\nold\n{markdown.END}\nafter\n")
+    path, page = str(written(SMALL)), tmp_path / "page.md"
     main(["claims", "--ledger", path, "--markdown"])
-    section = capsys.readouterr().out
-    main(["claims", "--ledger", path, "--update", str(readme)])
-    assert readme.read_text() == f"before\n{markdown.BEGIN}\n\n{section}\n{markdown.END}\nafter\n"
-    assert '| `full-run` | "as fast" | reproduced | ratio: 2.00 (1.00 .. 3.00) times, measured |' in section
+    summary = capsys.readouterr().out
+    assert "| reproduced | 1 | 1 |" in summary
+    row = '| `full-run` | "as fast" | reproduced | ratio: 2.00 (1.00 .. 3.00) times, measured |'
+    for begin, holds in ((markdown.BEGIN, summary), (markdown.BEGIN_ALL, row)):
+        page.write_text(f"before\n{begin}\nold\n{markdown.END}\nafter\n")
+        main(["claims", "--ledger", path, "--update", str(page)])
+        text = page.read_text()
+        assert text.startswith(f"before\n{begin}\n\n")
+        assert text.endswith(f"\n\n{markdown.END}\nafter\n")
+        assert holds in text
+        assert "\nold\n" not in text
 
 
 @pytest.mark.parametrize(

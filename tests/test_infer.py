@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 from commands import Command
-from readme import README, script
+from readme import script
 from wandb_runs import wandb_records
 
 TINY = [
@@ -62,7 +62,7 @@ def test_moe_on_four_ranks_reports_what_the_contract_says(
     assert "helix_2x2" in out
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
-    exec(compile(script("load_runs"), str(README), "exec"), names)  # what the README says of runs holds for this one
+    exec(compile(script("load_runs"), "runs.md", "exec"), names)  # what docs/runs.md says of runs holds for this one
     assert capsys.readouterr().out.split()[-4:-1] == ["0", "finished", "helix_2x2"]
     assert len(names["runs"].history[0]) == 5 * 2
 

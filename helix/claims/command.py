@@ -29,7 +29,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     told.add_argument("--id", metavar="ID", help="one claim in full, with its arithmetic and evidence, instead")
     told.add_argument("--check", action="store_true", help="hold every claim against its files, tests and arithmetic")
     told.add_argument("--markdown", action="store_true", help="print README's section")
-    told.add_argument("--update", type=Path, metavar="FILE", help="write that section into FILE, between its markers")
+    told.add_argument(
+        "--update",
+        type=Path,
+        metavar="FILE",
+        help="write into FILE, README.md or docs/claims.md, what is between its markers",
+    )
 
 
 def run(options: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""README's section on the papers' claims, between two markers that `python -m helix claims --update` finds."""
+"""What README and docs/claims.md say of the papers' claims, between markers that `helix claims --update` finds."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from helix.claims.words import said
 from helix.config.schema import ConfigError
 
 BEGIN = "<!-- claims: what follows is written by python -m helix claims --update README.md -->"
+BEGIN_ALL = "<!-- all claims: what follows is written by python -m helix claims --update docs/claims.md -->"
 END = "<!-- end of claims -->"
 
 
 def markdown(ledger: Ledger) -> str:
-    """Prose, counts, the most telling claims, all of them folded away, and the hardest to decide."""
+    """README's section: prose, counts, and the most telling claims."""
     table = counts(ledger)
     total, papers = table[ALL][ALL], len(ledger.papers)
     parts = [
@@ -25,30 +26,35 @@ def markdown(ledger: Ledger) -> str:
         f"{table[NOT_REPRODUCED][ALL]} were tried and did not hold; {table[INCONSISTENT][ALL]} are contradicted by "
         "the papers' own words or figures, or by the data sheet of what they name; "
         f"{table[UNTESTABLE][ALL]} cannot be tested here, most for want of their 16 H100s, and have a modelled figure "
-        "at most. Times on CPU ranks decide nothing. `python -m helix claims` shows all, `--id full-cohens-d` one "
-        "with its arithmetic and evidence, `--check` holds every one against its files, tests and sums.",
+        "at most. Times on CPU ranks decide nothing.",
         _counted(ledger),
         _table(("the papers' words", "verdict", "why", "found"), [_told(row) for row in telling(ledger)]),
-        f"<details>\n<summary>All {total} claims</summary>\n",
-        *(_of_paper(ledger, name) for name in ledger.papers),
-        "</details>",
-        "<details>\n<summary>The hardest to decide, and why</summary>\n",
-        "\n".join(f"- `{row.id}` ({row.verdict}): {_plain(row.hard)}" for row in hardest(ledger)),
-        "\n</details>",
+        f"[All {total}, and the hardest to decide](docs/claims.md). `python -m helix claims` shows them on a "
+        "terminal, `--id full-cohens-d` one with its arithmetic and evidence, `--check` holds every one against its "
+        "files, tests and sums.",
     ]
     return "\n\n".join(parts)
 
 
+def in_full(ledger: Ledger) -> str:
+    """The section of docs/claims.md: every claim, paper by paper, and the hardest to decide."""
+    hard = "\n".join(f"- `{row.id}` ({row.verdict}): {_plain(row.hard)}" for row in hardest(ledger))
+    return "\n\n".join(
+        [*(_of_paper(ledger, name) for name in ledger.papers), f"## The hardest to decide, and why\n\n{hard}"]
+    )
+
+
 def update(ledger: Ledger, text: str, path: Path) -> str:
-    """A text with what is between its markers written anew.
+    """A text with what is between its markers, of README's section or of the claims in full, written anew.
 
     Raises:
-        ConfigError: if it does not have each marker once, in order.
+        ConfigError: if it does not have a begin and the end, each once, in order.
     """
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ConfigError(f"{path} has no two lines '{BEGIN}' and '{END}', each once, to write between")
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
-    return f"{before}{BEGIN}\n\n{markdown(ledger)}\n\n{END}{after}"
+    for begin, write in ((BEGIN, markdown), (BEGIN_ALL, in_full)):
+        if text.count(begin) == text.count(END) == 1 and text.index(begin) < text.index(END):
+            before, after = text.split(begin)[0], text.split(END)[1]
+            return f"{before}{begin}\n\n{write(ledger)}\n\n{END}{after}"
+    raise ConfigError(f"{path} has no two lines '{BEGIN}' (or '{BEGIN_ALL}') and '{END}', each once, to write between")
 
 
 def _counted(ledger: Ledger) -> str:
@@ -60,7 +66,7 @@ def _counted(ledger: Ledger) -> str:
 def _of_paper(ledger: Ledger, name: str) -> str:
     about = ledger.papers[name]
     body = [(f"`{row.id}`", _plain(row.quoted), row.verdict, _found(row)) for row in rows(ledger, paper=name)]
-    return f"**{name}**: {about.title}; {about.setting}\n\n" + _table(("id", "claim", "verdict", "found"), body)
+    return f"## {name}: {about.title}\n\n{about.setting}\n\n" + _table(("id", "claim", "verdict", "found"), body)
 
 
 def _told(row: Row) -> tuple[str, ...]:
