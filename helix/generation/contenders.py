@@ -20,6 +20,7 @@ from helix.comm.observe import observe
 from helix.config.generation import to_phases
 from helix.config.schema import ParallelConfig, to_grid
 from helix.partition.grid import PartitionError
+from helix.pretrained.folder import ONLY_DATA
 from helix.pretrained.loading import load
 from helix.study.trial import local_bytes
 
@@ -104,7 +105,7 @@ class TransformersParallel(Contender):
             )
         plan = DistributedConfig(tp_size=ranks, tp_plan="auto")
         self.model = AutoModelForCausalLM.from_pretrained(
-            source.folder, dtype=source.dtype, distributed_config=plan
+            source.folder, dtype=source.dtype, distributed_config=plan, use_safetensors=True, **ONLY_DATA
         ).eval()
         mesh: Any = self.model._device_mesh
         self.axes = {mesh.get_group("tp").group_name: "tensor"} if ranks > 1 else {}
@@ -128,7 +129,9 @@ def contender(source: Source, parallel: ParallelConfig) -> Contender:
 
 def whole_model(source: Source) -> PreTrainedModel:
     """transformers' plain model, all of it in this process."""
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source.folder, dtype=source.dtype)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        source.folder, dtype=source.dtype, use_safetensors=True, **ONLY_DATA
+    )
     return model.to(source.device).eval()  # type: ignore[arg-type]
 
 

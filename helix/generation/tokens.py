@@ -14,6 +14,7 @@ from torch import Tensor
 from helix.config.folder import refuse_length
 from helix.config.generation import batch_sizes
 from helix.config.schema import ConfigError
+from helix.pretrained.folder import ONLY_DATA
 
 
 def read_tokenizer(folder: Path) -> Any:
@@ -26,7 +27,7 @@ def read_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, **ONLY_DATA)
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"model.path={folder} has no tokenizer that transformers can load: {reason}") from None

@@ -16,6 +16,9 @@ from safetensors import SafetensorError, safe_open
 from helix.checkpoint.content import CheckpointError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+# For every from_pretrained: a folder's own code (`auto_map`) never runs, and nobody is asked whether it should, which
+# transformers does at a terminal if it is told neither.
+ONLY_DATA = {"trust_remote_code": False, "local_files_only": True}
 
 
 @dataclass(frozen=True)

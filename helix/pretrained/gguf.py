@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 
 from helix.checkpoint import manifest as disk
 from helix.checkpoint.content import CheckpointError
+from helix.pretrained.folder import ONLY_DATA
 
 _PLAIN = ("none", 1.0)  # a rotary embedding that is not scaled
 DTYPES = ("float32", "bfloat16", "float16")
@@ -99,7 +100,7 @@ def _write(file: Path, draft: Path, dtype: str) -> int:
     import torch
     import transformers
 
-    source: dict[str, Any] = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
+    source: dict[str, Any] = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name, **ONLY_DATA}
     _say("configuration, ")
     config = _told(file, lambda: transformers.AutoConfig.from_pretrained(**source))
     _check_family(config.to_dict())

@@ -27,7 +27,7 @@ from helix.partition.families import describe
 from helix.partition.phases import Phases
 from helix.pretrained.checks import check
 from helix.pretrained.cuts import Cut, cuts
-from helix.pretrained.folder import Folder, find, read_config
+from helix.pretrained.folder import ONLY_DATA, Folder, find, read_config
 from helix.pretrained.helixify import partition
 from helix.pretrained.names import Source, misplaced, sources
 from helix.pretrained.reading import BYTES, Reader
@@ -80,10 +80,10 @@ def empty(folder: Path | str, dtype: torch.dtype = torch.float32) -> PreTrainedM
     shape = describe(stated)
     kind = AutoModelForCausalLM if shape.causal else _encoder_kind(stated)
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, **ONLY_DATA)
         # Buffers are computed, as rotary embeddings' frequencies. Random weights on no device take a second.
         with no_init_weights(), init_empty_weights(include_buffers=False):
-            model: PreTrainedModel = kind.from_config(config, dtype=dtype)
+            model: PreTrainedModel = kind.from_config(config, dtype=dtype, trust_remote_code=False)
         model.tie_weights()  # each module's tensor was moved to the meta device by itself
         if shape.causal and (Path(folder) / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
