@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -52,14 +53,15 @@ def until(last: int, folder: Path, number: int, rank: int) -> tuple[object, ...]
 @pytest.mark.parametrize(("number", "rank"), [(signal.SIGKILL, 0), (signal.SIGSEGV, 2), (signal.SIGTERM, 1)])
 def test_all_ranks_start_again(tmp_path: Path, number: int, rank: int) -> None:
     results = launch(until, 2, tmp_path, number, rank, ranks=3, timeout_s=20, max_restarts=2)
-    reason = f"rank {rank} was killed by {signal.Signals(number).name}; the other ranks were stopped"
+    died = f"was killed by {signal.Signals(number).name} during start"
+    reason = f"rank {rank} (host {socket.gethostname()}) {died}; the other ranks were stopped"
     # The sum of 2 + 3 + 4: nothing of the starts before is in it.
     assert results == [(Restart(2, reason), ("in 0", Restart(2, reason)), ("new", None), 9.0, 3.0)] * 3
     assert starts(tmp_path) == 3
 
 
 def test_the_last_death_ends_it(tmp_path: Path) -> None:
-    with pytest.raises(RankError, match="rank 1 was killed by SIGKILL") as caught:
+    with pytest.raises(RankError, match=r"rank 1 \(host .*\) was killed by SIGKILL during start") as caught:
         launch(until, 9, tmp_path, signal.SIGKILL, 1, ranks=2, timeout_s=20, max_restarts=1)
     assert caught.value.rank == 1
     assert starts(tmp_path) == 2

@@ -8,12 +8,13 @@ import logging
 import os
 import pickle
 import signal
+import socket
 import sys
 import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import active_children, get_context
@@ -21,26 +22,23 @@ from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
-from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
-from torch.distributed.elastic.rendezvous import RendezvousParameters
-from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
+from torch.distributed.elastic.multiprocessing.api import MultiprocessContext
 
+from helix.comm import activity
+from helix.comm.failure import Memory, RankError, ended, raised
 from helix.comm.process_group import ProcessGroup
+from helix.comm.rendezvous import LOOPBACK, LoopbackRendezvous
 
 T = TypeVar("T")
 _PR_SET_PDEATHSIG = 1
 _KILLED = "HELIX_KILLED"  # in a rank's environment: why the ranks before it were stopped
-
-
-class RankError(RuntimeError):
-    """A rank that ended without raising, such as one that was killed."""
-
-    def __init__(self, rank: int, reason: str) -> None:
-        super().__init__(f"rank {rank} {reason}; the other ranks were stopped")
-        self.rank = rank
+# A rank that SIGSTOP stopped, or the job control of a shell, holds up all the others: for so long it may be looked at.
+_STOPPED_LIMIT_S = 10.0
+_LOOK_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -48,13 +46,13 @@ class _Round:
     """What the ranks of one start share, and those of the next must not find as they left it.
 
     Args:
-        errors: folder of what they raised.
+        folder: of what they raised, and of what they are doing.
         all_forked: set when the last of them is there.
         killed: why the ranks before them were stopped; empty on the first start.
         parent: the launcher's process.
     """
 
-    errors: Path
+    folder: Path
     all_forked: Event
     killed: str
     parent: int
@@ -69,23 +67,77 @@ class _Agent(LocalElasticAgent):
 
     def __init__(self, spec: WorkerSpec, folder: Path) -> None:
         super().__init__(spec, DefaultLogsSpecs(str(folder)), start_method="fork", uninterruptible_state_timeout=0)
-        self._folder, self._args, self._killed = folder, spec.args, ""
+        self._folder, self._args, self._killed, self._memory = folder, spec.args, "", Memory()
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
-        errors = Path(tempfile.mkdtemp(prefix="errors-", dir=self._folder))
-        self._round = _Round(errors, get_context("fork").Event(), self._killed, os.getpid())
+        folder = Path(tempfile.mkdtemp(prefix="ranks-", dir=self._folder))
+        self._round = _Round(folder, get_context("fork").Event(), self._killed, os.getpid())
         worker_group.spec.args = (*self._args, self._round)
         pids: dict[int, Any] = super()._start_workers(worker_group)
+        self._stopped = _Stopped(list(pids.values()))
         return pids
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        self._stopped.look()
+        assert isinstance(self._pcontext, MultiprocessContext)
+        assert self._pcontext._pc is not None
+        # All that have ended by now: elastic tells of one, which may be an echo of the one that began it.
+        ends = [process.exitcode for process in self._pcontext._pc.processes]
         result: RunResult = super()._monitor_workers(worker_group)
         if result.is_failed():  # and all ranks have been stopped
-            error = _first_error(result.failures, self._round.errors)
-            if not isinstance(error, RankError) or self._remaining_restarts == 0:
-                raise error
-            self._killed = str(error)
+            codes = {rank: code for rank, code in enumerate(ends) if code}
+            codes |= {rank: each.exitcode for rank, each in result.failures.items()}
+            lost = self._lost(codes)
+            if lost is None:
+                error, cause = _first_raised(self._round.folder)
+                raise error from cause
+            if self._remaining_restarts == 0:
+                raise lost
+            self._killed = str(lost)
         return result
+
+    def _lost(self, codes: dict[int, int]) -> RankError | None:
+        """The rank that died without raising, if one did: the connections of the others broke because of it."""
+        for rank, code in sorted(codes.items()):
+            if code > 0 and (self._round.folder / f"{rank}.pickle").exists():
+                continue
+            _, phase = activity.read(self._round.folder / f"{rank}.activity")
+            if rank in self._stopped.killed:
+                what = f"was stopped for {_STOPPED_LIMIT_S:.0f} s, as by SIGSTOP,"
+                return RankError(rank, socket.gethostname(), phase, what)
+            return ended(rank, phase, code, self._memory)
+        return None
+
+
+class _Stopped:
+    """Kills ranks that have been stopped for too long; one that a debugger holds is not.
+
+    Time during which the launcher did not run is none: Ctrl-Z stops it with all its ranks, and `fg` continues them.
+    """
+
+    def __init__(self, pids: list[int]) -> None:
+        self.killed: set[int] = set()
+        self._pids, self._looked, self._seconds = pids, time.monotonic(), [0.0] * len(pids)
+
+    def look(self) -> None:
+        if (passed := time.monotonic() - self._looked) < _LOOK_S:
+            return
+        self._looked += passed
+        now = [rank for rank, pid in enumerate(self._pids) if _status(pid) == psutil.STATUS_STOPPED]
+        self._seconds = [
+            each + min(passed, 2 * _LOOK_S) if rank in now else 0.0 for rank, each in enumerate(self._seconds)
+        ]
+        if max(self._seconds) >= _STOPPED_LIMIT_S:
+            self.killed = {max(now, key=lambda rank: self._seconds[rank])}
+            for rank in now:  # elastic would wait for the others of them, too
+                os.kill(self._pids[rank], signal.SIGKILL)
+
+
+def _status(pid: int) -> str | None:
+    try:
+        return str(psutil.Process(pid).status())
+    except psutil.NoSuchProcess:
+        return None
 
 
 def fork(
@@ -106,19 +158,10 @@ def fork(
             local_world_size=ranks,
             entrypoint=_rank_main,
             args=(fn, args, device, timeout_s),
-            rdzv_handler=get_rendezvous_handler(
-                RendezvousParameters(
-                    backend="c10d",
-                    endpoint="localhost:0",
-                    run_id=f"helix-{os.getpid()}",
-                    min_nodes=1,
-                    max_nodes=1,
-                    local_addr="127.0.0.1",
-                )
-            ),
+            rdzv_handler=LoopbackRendezvous(f"helix-{os.getpid()}"),
             max_restarts=max_restarts,
             monitor_interval=0.1,
-            local_addr="127.0.0.1",
+            local_addr=LOOPBACK,
         )
         try:
             with _no_collection(), _own_handlers(), _none_left():
@@ -146,6 +189,7 @@ def _rank_main(fn: Callable[..., T], args: tuple[Any, ...], device: str, timeout
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     _die_with(this.parent)
+    activity.record_to(this.folder / f"{rank}.activity")
     os.environ[_KILLED] = this.killed
     # A rank that connects has the launcher's store thread look up its address, under a lock of the C library. A
     # rank forked at that moment would inherit the lock, held for ever; so none connects before the last is forked.
@@ -156,7 +200,8 @@ def _rank_main(fn: Callable[..., T], args: tuple[Any, ...], device: str, timeout
         with ProcessGroup(device, timeout_s):
             return fn(*args)
     except Exception as error:
-        _keep(error, f"on rank {rank}:\n{traceback.format_exc()}", this.errors / f"{rank}.pickle")
+        cause = raised(rank, activity.current(), error, traceback.format_exc())
+        _keep(error, cause, this.folder / f"{rank}.pickle")
         # If this is only the echo of a rank that was killed, let elastic see that one first; it reports one.
         time.sleep(0.5)
         sys.stdout.flush()
@@ -215,28 +260,24 @@ def _die_with(parent: int) -> None:
             os._exit(1)
 
 
-def _keep(error: Exception, note: str, path: Path) -> None:
-    """Put the error where the launcher finds it; one that does not pickle as its text."""
+def _keep(error: Exception, cause: RankError, path: Path) -> None:
+    """Put the error where the launcher finds it, and where it was; one that does not pickle as its text."""
+    note = f"on rank {cause.rank}:\n{cause.trace}"
     try:
         error.add_note(note)
-        content = pickle.dumps(error)
+        content = pickle.dumps((error, cause))
         pickle.loads(content)
     except Exception:
         plain = RuntimeError(f"{type(error).__name__}: {error}")
         plain.add_note(note)
-        content = pickle.dumps(plain)
+        content = pickle.dumps((plain, cause))
     draft = path.with_suffix(".draft")
     draft.write_bytes(content)
     draft.rename(path)  # this rank may be stopped at any time
 
 
-def _first_error(failures: Mapping[int, ProcessFailure], errors: Path) -> BaseException:
-    """The error that began it: a rank that died without raising, before the connections that broke because of it."""
-    for rank, failure in sorted(failures.items()):
-        if failure.exitcode < 0:
-            return RankError(rank, f"was killed by {signal.Signals(-failure.exitcode).name}")
-        if not (errors / f"{rank}.pickle").exists():
-            return RankError(rank, f"ended with exit code {failure.exitcode}")
-    first = min(errors.glob("*.pickle"), key=lambda path: path.stat().st_mtime_ns)
-    error: BaseException = pickle.loads(first.read_bytes())
-    return error
+def _first_raised(folder: Path) -> tuple[BaseException, RankError]:
+    """The error that was raised first, and where; later ones are of connections that broke because of it."""
+    first = min(folder.glob("*.pickle"), key=lambda path: path.stat().st_mtime_ns)
+    error, cause = pickle.loads(first.read_bytes())
+    return error, cause

@@ -23,6 +23,7 @@ from torch import Tensor
 from helix.checkpoint.content import plain
 from helix.checkpoint.manifest import checkpoints
 from helix.checkpoint.save_and_load import BackgroundSaver, CheckpointError, Loaded, Saved, restore, save
+from helix.comm.activity import activity
 
 
 class HelixCheckpoints(Callback):
@@ -138,9 +139,11 @@ class HelixCheckpoints(Callback):
     def _save(self, trainer: Trainer, module: LightningModule) -> None:
         assert self._stood is not None
         self._saved_step, self._due = trainer.global_step, False
-        extra = _state(trainer, module, self._stood, self)
         write = save if self._saver is None else self._saver.save
-        self._report(trainer, write(self.folder, module, trainer.optimizers, extra, self.keep, step=self._saved_step))
+        with activity("save"):
+            extra = _state(trainer, module, self._stood, self)
+            saved = write(self.folder, module, trainer.optimizers, extra, self.keep, step=self._saved_step)
+        self._report(trainer, saved)
 
     def _report(self, trainer: Trainer, saved: Saved | None) -> None:
         if saved is None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from helix.checkpoint.content import CheckpointError
+from helix.comm.activity import enter
 from helix.comm.record import Span, record
 from helix.config.schema import WorkloadConfig
 from helix.parallel.methods.method import Job, Layout, Method
@@ -124,7 +125,9 @@ class Stopwatch(Callback):
     ) -> None:
         turn: Turn = batch[0]
         assert isinstance(pl_module, BenchmarkModule)
-        self._progress.update(self._task, description=f"run {turn.run + 1} of {self.workload.runs}: {turn.method}")
+        run = f"run {turn.run + 1} of {self.workload.runs}"
+        enter(f"{'warm-up' if turn.kind is Kind.WARMUP else 'measurement'}, {run}")
+        self._progress.update(self._task, description=f"{run}: {turn.method}")
         dist.barrier()
         if turn.kind is Kind.RECORDED:
             self._log = self._recording.enter_context(record())

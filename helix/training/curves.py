@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from helix.comm import transport
+from helix.comm.activity import enter
 from helix.config.train_schema import TrainConfig
 from helix.parallel.precision import HelixPrecision
 from helix.study.tracking import Tracker
@@ -57,6 +58,7 @@ class Curves(Callback):
         return timed * data.batch_size * data.seq_len / self.training_s if self.training_s else float("nan")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        enter("training")
         self._began = _now(pl_module.device)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -84,6 +86,7 @@ class Curves(Callback):
             self._record(trainer, pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        enter("validation")
         assert isinstance(pl_module, LanguageModel)
         self._record(trainer, pl_module)  # W&B drops what comes after a later step
 

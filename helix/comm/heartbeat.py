@@ -1,0 +1,301 @@
+"""Ranks that torchrun or SLURM started tell each other that they live, so that none waits for one that is gone.
+
+Each rank has a thread, and a connection to rank 0's; on it goes, every two seconds and at each new phase, what the
+rank is doing. Three things end the job, and rank 0 decides which was first:
+
+    a connection closes        the rank's process has ended without a word, as by SIGKILL
+    nothing comes for 15 s     it is stopped, or its host is cut off from the network
+    a rank says it has raised  what it raised
+
+Then every rank knows the same sentence, one says it, and each ends at once, wherever its main thread is: inside a
+collective, of gloo or of NCCL, no exception would reach it. Who loses rank 0 decides for itself: on both sides of a
+network that was cut, all ranks end.
+
+Not through the launcher's store: who asks it finds out every two seconds at best, and torchrun stops the ranks of a
+host a tenth of a second after one of them has died. Forked ranks are watched by their launcher (`helix.comm.fork`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import torch.distributed as dist
+
+from helix.comm import activity, failure, flight
+from helix.comm.failure import RankError
+
+BEAT_S = 2.0
+# The thread beats between others' turns at Python's lock. A single call that copies or unpickles much holds it for
+# longer than a turn, but hardly for so long; what was measured under load is in paper/LOG.md, 2026-11-22.
+SILENT_S = 15.0
+# What a rank raised may be the echo of one that died, whose closed connection is seen within this time.
+_ECHO_S = 0.5
+# How long the others wait before they end, since the launcher then stops the one that still has something to say.
+_GRACE_S = 1.0
+_TICK_S = 0.25
+_LINE_BYTES = 1 << 20
+
+
+class _Line:
+    """A connection on which each line is a JSON object."""
+
+    def __init__(self, link: socket.socket) -> None:
+        link.settimeout(BEAT_S)  # of one whose rank does not read; it is silent, too
+        self.link, self._rest = link, b""
+
+    def fileno(self) -> int:
+        return self.link.fileno()
+
+    def send(self, words: dict[str, Any]) -> None:
+        with suppress(OSError):  # that it is closed, reading tells
+            self.link.sendall(json.dumps(words).encode() + b"\n")
+
+    def read(self) -> list[dict[str, Any]] | None:
+        """What has come; None if it is closed, or no rank's."""
+        try:
+            if not (got := self.link.recv(1 << 16)) or len(self._rest) > _LINE_BYTES:
+                return None
+            *lines, self._rest = (self._rest + got).split(b"\n")
+            words = [json.loads(line) for line in lines]
+        except (OSError, ValueError):
+            return None
+        return words if all(isinstance(each, dict) for each in words) else None
+
+
+@dataclass
+class _Peer:
+    """Another rank, as far as it is known here; `silent_s` counts only while this process runs."""
+
+    number: int
+    host: str
+    rank: int
+    pid: int = 0
+    phase: str = activity.START
+    last: str = ""
+    line: _Line | None = None
+    silent_s: float = 0.0
+    parted: bool = False
+
+    def lost(self, what: str, more: str = "") -> RankError:
+        last = f"its last collective: {self.last}" if self.last else ""
+        return RankError(self.rank, self.host, self.phase, what, "; ".join(filter(None, (more, last))))
+
+
+class Heartbeat:
+    """This rank's thread, from when all ranks have come together until they part.
+
+    Args:
+        store: fresh keys that all ranks share.
+        number: the launcher's, of this process.
+        said: `helix.comm.hosts.own_host` of every process.
+    """
+
+    def __init__(self, store: dist.Store, number: int, said: list[str]) -> None:
+        self._number, self._said = number, said
+        others = range(1, len(said)) if number == 0 else range(1)
+        self._peers = [_Peer(other, said[other].partition(" ")[0], other) for other in others]
+        self._own: RankError | None = None
+        self._raised: list[RankError] = []
+        self._waited = 0.0  # since when, for what may have been before it
+        self._decided, self._told = threading.Event(), False
+        self._verdict: RankError | None = None
+        self._leaving = False
+        self._selector = selectors.DefaultSelector()
+        self._bell, self._woken = socket.socketpair()  # wakes the thread: a new phase, an error, the end
+        self._bell.setblocking(False)
+        self._selector.register(self._woken, selectors.EVENT_READ)
+        self._listen(store) if number == 0 else self._connect(store)
+        self._thread = threading.Thread(target=self._run, name="helix-heartbeat", daemon=True)
+        self._thread.start()
+        activity.listen(self._wake)
+
+    def leave(self) -> None:
+        """Tell the others that this rank has done its work, and stop."""
+        activity.listen(None)
+        self._leaving = True
+        self._wake()
+        self._thread.join()
+
+    def blame(self, error: BaseException) -> None:
+        """Tell the others what this rank raised; returns if it is to be raised, as no lost rank is behind it."""
+        activity.listen(None)
+        trace = "".join(traceback.format_exception(error))
+        self._own = failure.raised(self._rank(), activity.current(), error, trace)
+        self._wake()
+        self._decided.wait(SILENT_S)
+        if self._verdict is not None and not self._verdict.trace:
+            self._thread.join()  # it ends this process
+        error.__cause__ = error.__cause__ or self._own
+
+    def _listen(self, store: dist.Store) -> None:
+        """On loopback where all ranks are of one host, else where the launcher's variables say that rank 0 is."""
+        self._token, alone = uuid4().hex, len(set(self._said)) == 1
+        dual = not alone and socket.has_dualstack_ipv6()
+        family = socket.AF_INET6 if dual else socket.AF_INET
+        here = "127.0.0.1" if alone else ""
+        self._server = socket.create_server((here, 0), family=family, dualstack_ipv6=dual, backlog=len(self._said))
+        self._selector.register(self._server, selectors.EVENT_READ)
+        address = here or os.environ["MASTER_ADDR"]
+        store.set("heartbeat", json.dumps([address, self._server.getsockname()[1], self._token]))
+
+    def _connect(self, store: dist.Store) -> None:
+        address, port, token = json.loads(store.get("heartbeat"))
+        line = _Line(socket.create_connection((address, port), timeout=SILENT_S))
+        line.send({"token": token, "number": self._number})
+        self._peers[0].line = line
+        self._selector.register(line, selectors.EVENT_READ, self._peers[0])
+
+    def _rank(self) -> int:
+        """As messages call it: a position on the mesh, which the launcher's number need not be."""
+        return dist.get_rank() if dist.is_initialized() else self._number
+
+    def _wake(self) -> None:
+        with suppress(OSError):
+            self._bell.send(b"!")
+
+    def _run(self) -> None:
+        before, beaten = time.monotonic(), 0.0
+        while not self._leaving:
+            now = time.monotonic()
+            for peer in self._peers:
+                # Time in which this process was stopped as well (Ctrl-Z and `fg`, a debugger) is nobody's silence.
+                peer.silent_s += min(now - before, 2 * _TICK_S)
+            before = now
+            if now - beaten >= BEAT_S:
+                beaten = now
+                self._say(self._state())
+            for key, _ in self._selector.select(_TICK_S):
+                if key.fileobj is self._woken:
+                    self._woken.recv(64)
+                    beaten = 0.0
+                else:
+                    self._hear(key)
+            if (found := self._verdict or self._decide()) is not None:
+                self._end(found)
+                break
+        else:
+            self._say({"bye": True})
+        self._close()
+
+    def _state(self) -> dict[str, Any]:
+        state = {"rank": self._rank(), "pid": os.getpid(), "phase": activity.current(), "last": flight.last()}
+        return state | ({} if self._own is None else {"raised": self._own.args})
+
+    def _say(self, words: dict[str, Any]) -> None:
+        for peer in self._peers:
+            if peer.line is not None:
+                peer.line.send(words)
+
+    def _hear(self, key: selectors.SelectorKey) -> None:
+        if key.fileobj is getattr(self, "_server", None):
+            self._selector.register(_Line(self._server.accept()[0]), selectors.EVENT_READ)
+            return
+        line, peer = key.fileobj, key.data
+        assert isinstance(line, _Line)
+        said = line.read()
+        if said is None:
+            self._selector.unregister(line)
+            line.link.close()
+            if peer is not None and not peer.parted and self._verdict is None:
+                self._verdict = peer.lost("was lost (its process ended without a word)")
+            return
+        for words in said:
+            peer = peer or self._introduced(line, words)
+            if peer is not None:
+                self._note(peer, words)
+
+    def _introduced(self, line: _Line, words: dict[str, Any]) -> _Peer | None:
+        """The rank whose first line this is; a stranger's connection is closed."""
+        number = words.get("number")
+        if words.get("token") != self._token or not isinstance(number, int) or not 0 < number < len(self._said):
+            self._selector.unregister(line)
+            line.link.close()
+            return None
+        peer = self._peers[number - 1]
+        peer.line = line
+        self._selector.modify(line, selectors.EVENT_READ, peer)
+        return peer
+
+    def _note(self, peer: _Peer, words: dict[str, Any]) -> None:
+        peer.silent_s = 0.0
+        for name in ("rank", "pid", "phase", "last"):
+            setattr(peer, name, words.get(name, getattr(peer, name)))
+        peer.parted = peer.parted or "bye" in words
+        if "raised" in words and all(each.rank != peer.rank for each in self._raised):
+            self._raised.append(RankError(*words["raised"]))
+        if "verdict" in words:
+            self._verdict, self._told = RankError(*words["verdict"]), True
+
+    def _decide(self) -> RankError | None:
+        """What ends the job, if anything does."""
+        silent = [peer for peer in self._peers if not peer.parted and peer.silent_s >= SILENT_S]
+        if silent:
+            first = silent[0]
+            # Those of its host fell silent within the same two beats.
+            too = [each.rank for each in self._peers if each is not first and each.silent_s >= SILENT_S - 2 * BEAT_S]
+            more = f"as was rank {', '.join(map(str, too))}" if too else ""
+            return first.lost(f"was lost (stopped, or cut off: nothing was heard of it for {SILENT_S:.0f} s)", more)
+        if self._number == 0 and self._own is not None and self._own not in self._raised:
+            self._raised.insert(0, self._own)  # what all raise alike, rank 0 says
+        if self._number != 0 or not self._raised:
+            return None
+        self._waited = self._waited or time.monotonic()
+        return self._raised[0] if time.monotonic() - self._waited >= _ECHO_S else None
+
+    def _end(self, verdict: RankError) -> None:
+        """End this process, unless its main thread is raising what says the same."""
+        self._verdict = verdict
+        if self._number == 0:
+            self._say({"verdict": verdict.args})
+        self._decided.set()
+        if self._own is not None and verdict.trace:
+            return
+        self._kill_silent()
+        if self._speaks():
+            print(f"{Path(sys.argv[0]).name}: error: {verdict}", file=sys.stderr, flush=True)
+            failure.tell(verdict)
+        else:
+            time.sleep(_GRACE_S)
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(Exception):
+                stream.flush()
+        os._exit(1)
+
+    def _speaks(self) -> bool:
+        """Whether this rank says it: rank 0, or the first of each host that has lost rank 0."""
+        if self._number == 0:
+            return True
+        if self._told:
+            return False
+        local = int(os.environ.get("LOCAL_RANK", self._number))
+        return local == (1 if self._said[0] == self._said[self._number] else 0)
+
+    def _kill_silent(self) -> None:
+        """A stopped rank of this host would outlive torchrun's SIGTERM by 30 s."""
+        for peer in self._peers:
+            if (
+                peer.pid
+                and peer.silent_s >= SILENT_S - 2 * BEAT_S
+                and self._said[peer.number] == self._said[self._number]
+            ):
+                with suppress(OSError):
+                    os.kill(peer.pid, signal.SIGKILL)
+
+    def _close(self) -> None:
+        for key in list(self._selector.get_map().values()):
+            socket.close(key.fd)
+        self._bell.close()
+        self._selector.close()
