@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from helix.command.cli import command, stop
+from helix.command.cli import command
 from helix.command.sweep import SweepJob
-from helix.config.schema import PRETRAINED, ConfigError, InferConfig, PartitionError
+from helix.config.schema import PRETRAINED, InferConfig
 from helix.generation.asked import check
 
 
@@ -31,11 +31,10 @@ def agree(words: list[str]) -> list[str]:
 @command("infer", conf=Path(__file__).resolve().parent / "conf", collect=collect, agree=agree, check=check)
 def main(settings: InferConfig, run_dir: Path) -> None:
     """Run what was configured; torch is imported from here on, when nothing is wrong any more."""
-    from helix.checkpoint.content import CheckpointError
-    from helix.comm.launch import RankError
     from helix.generation.errors import CannotRun, Diverged
+    from helix.study.failing import ending
 
-    try:
+    with ending(run_dir, Diverged, CannotRun):
         if settings.dry_run:
             from helix.dryrun.run import run as trace
 
@@ -48,11 +47,6 @@ def main(settings: InferConfig, run_dir: Path) -> None:
             from helix.study.inference import run
 
             run(settings, run_dir=run_dir)
-    except (RankError, Diverged, CannotRun) as error:
-        stop(str(error), code=1)
-    # A checkpoint or a model's folder that does not say what it is, or has gone since; a prompt that is too long.
-    except (CheckpointError, ConfigError, PartitionError) as error:
-        stop(str(error), code=2)
 
 
 if __name__ == "__main__":

@@ -9,11 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from helix.checkpoint.asked import check_resumed_training
-from helix.command.cli import command, stop
+from helix.command.cli import command
 from helix.command.sweep import SweepJob
-from helix.config.schema import ConfigError
 from helix.config.train_schema import TrainConfig
-from helix.partition.grid import PartitionError
 
 
 def collect(folder: Path, jobs: Sequence[SweepJob]) -> None:
@@ -36,17 +34,11 @@ CONF = Path(__file__).resolve().parent / "conf"
 @command("train", conf=CONF, collect=collect, agree=agree, schema=TrainConfig, check=check_resumed_training)
 def main(settings: TrainConfig, run_dir: Path) -> None:
     """Train what was configured; torch is imported from here on, when nothing is wrong any more."""
-    from helix.checkpoint.content import CheckpointError
-    from helix.comm.launch import RankError
+    from helix.study.failing import ending
     from helix.training.run import run
 
-    try:
+    with ending(run_dir):
         run(settings, run_dir=run_dir)
-    except RankError as error:
-        stop(str(error), code=1)
-    # Of the text and of ckpt=, which are read first, and of a layer that the checks before did not know.
-    except (ConfigError, CheckpointError, PartitionError) as error:
-        stop(str(error), code=2)
 
 
 if __name__ == "__main__":

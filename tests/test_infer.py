@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -147,7 +148,11 @@ def test_a_killed_rank_ends_the_command_and_keeps_what_was_logged(tmp_path: Path
     _, err = process.communicate(timeout=30)
     assert time.monotonic() - killed < 10
     assert process.returncode == 1
-    assert "rank 2 was killed by SIGKILL" in err
+    assert re.fullmatch(r".*rank 2 \(host .*\) was killed by SIGKILL during measurement, run 1 of 2; .*\n", err)
+    assert json.loads((tmp_path / "failed.json").read_text())["phase"] == "measurement, run 1 of 2"
+    kept = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
+    assert kept[0]["run"] == 0
+    assert all(each["rank0_step_ms"] > 0 for each in kept)
     assert not [pid for pid in ranks if psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"]
     assert not (tmp_path / "report.json").exists()
     records = wandb_records(next((tmp_path / "wandb").glob("offline-run-*")))

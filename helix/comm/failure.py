@@ -59,11 +59,11 @@ def _kills() -> int | None:
     return None
 
 
-_told: list[Callable[[RankError], None]] = []
+_told: list[Callable[[RankError], object]] = []
 
 
 @contextmanager
-def told(keep: Callable[[RankError], None]) -> Iterator[None]:
+def told(keep: Callable[[RankError], object]) -> Iterator[None]:
     """While inside, `keep` is called if a lost rank ends this process before anything could be raised in it."""
     _told.append(keep)
     try:

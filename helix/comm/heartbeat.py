@@ -89,9 +89,8 @@ class _Peer:
     silent_s: float = 0.0
     parted: bool = False
 
-    def lost(self, what: str, more: str = "") -> RankError:
-        last = f"its last collective: {self.last}" if self.last else ""
-        return RankError(self.rank, self.host, self.phase, what, "; ".join(filter(None, (more, last))))
+    def lost(self, what: str, detail: str = "") -> RankError:
+        return RankError(self.rank, self.host, self.phase, what, detail)
 
 
 class Heartbeat:
@@ -247,7 +246,9 @@ class Heartbeat:
             # Those of its host fell silent within the same two beats.
             too = [each.rank for each in self._peers if each is not first and each.silent_s >= SILENT_S - 2 * BEAT_S]
             more = f"as was rank {', '.join(map(str, too))}" if too else ""
-            return first.lost(f"was lost (stopped, or cut off: nothing was heard of it for {SILENT_S:.0f} s)", more)
+            last = f"its last collective was {first.last}" if first.last else ""
+            what = f"was lost (stopped, or cut off: nothing was heard of it for {SILENT_S:.0f} s)"
+            return first.lost(what, ", ".join(filter(None, (more, last))))
         if self._number == 0 and self._own is not None and self._own not in self._raised:
             self._raised.insert(0, self._own)  # what all raise alike, rank 0 says
         if self._number != 0 or not self._raised:
@@ -269,9 +270,8 @@ class Heartbeat:
             failure.tell(verdict)
         else:
             time.sleep(_GRACE_S)
-        for stream in (sys.stdout, sys.stderr):
-            with suppress(Exception):
-                stream.flush()
+        with suppress(Exception):
+            sys.stdout.flush()
         os._exit(1)
 
     def _speaks(self) -> bool:
@@ -297,5 +297,4 @@ class Heartbeat:
     def _close(self) -> None:
         for key in list(self._selector.get_map().values()):
             socket.close(key.fd)
-        self._bell.close()
         self._selector.close()

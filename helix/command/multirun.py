@@ -179,7 +179,8 @@ def _attempt(task: Task, progress: Progress, number: int, one: Settings, folder:
     else:
         progress.end("done", time.monotonic() - began)
         return
-    keep(folder, FAILED, reason=reason, traceback=trace)
+    if not (folder / FAILED).exists():  # the task has not said it there itself
+        keep(folder, FAILED, reason=reason, traceback=trace)
     progress.end("failed", time.monotonic() - began)
     if (launcher := environment.started()) is not None:
         stop(

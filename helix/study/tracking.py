@@ -1,7 +1,7 @@
 """The W&B run of rank 0, finished on every way out.
 
 A run's records reach its file only once they are flushed: in a forked rank that ends without `finish()`, the
-file keeps 7 bytes, silently. A rank ends in four ways:
+file keeps 7 bytes, silently. A rank ends in five ways:
 
     returns, raises     the context manager finishes the run (exit code 0, or the error's)
     SIGTERM, SIGINT     torch elastic sends it to the survivors when a rank dies. The main thread is then, as a
@@ -10,6 +10,7 @@ file keeps 7 bytes, silently. A rank ends in four ways:
                         fd: a thread waiting there finishes the run and ends the process, with 128 + signal.
                         (`sigwait` in a thread was rejected: it needs the signal blocked in every thread, those
                         of gloo and W&B included, and W&B's own process would inherit the block.)
+    lost rank           where ranks watch each other (`helix.comm.heartbeat`), the one that says so finishes the run.
     SIGKILL             nobody can finish it; see `track`.
 
 Processes that rank 0 forks itself (data loaders) share neither the watcher nor its socket: a signal to one of
@@ -18,6 +19,7 @@ them is not a signal to the run.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -29,6 +31,8 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from helix.comm.failure import told
+from helix.config.schema import ConfigError
 from helix.study.report import Tracked
 
 if TYPE_CHECKING:
@@ -36,9 +40,11 @@ if TYPE_CHECKING:
 
     from helix.config.schema import LoggerConfig
 
+HISTORY = "history.jsonl"
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # torch elastic follows with SIGKILL after 30 s, a user sooner; an offline run needs less than 1 s to finish.
 _FINISH_LIMIT_S = 5.0
+_REACHED_LIMIT_S = 10.0  # W&B itself would wait for its server for 90 s
 # After Ctrl-C, how long the main thread gets to unwind by itself, so that its traceback and clean-up happen.
 _UNWIND_LIMIT_S = 1.0
 # The wakeup fd's socket while a run is watched. Handlers and wakeup fd are the process's, so this is too.
@@ -46,7 +52,10 @@ _watched: list[socket.socket] = []
 
 
 class Tracker:
-    """Where a run's metrics go: a W&B run, or nowhere.
+    """Where a run's metrics go: a W&B run, or nowhere; and a file of lines until the run's report holds them.
+
+    Args:
+        history: that file's path; None for none.
 
     Attributes:
         experiment: the W&B run, as Lightning's `WandbLogger(experiment=...)` takes it; None with `kind: none`.
@@ -55,8 +64,9 @@ class Tracker:
         path: the run's folder (which holds `run-{id}.wandb`).
     """
 
-    def __init__(self, experiment: Run | None, mode: str | None) -> None:
+    def __init__(self, experiment: Run | None, mode: str | None, history: Path | None = None) -> None:
         self.experiment = experiment
+        self._history = history
         self.mode = mode
         self.id: str | None = experiment.id if experiment else None
         self.path: Path | None = Path(experiment.dir).parent if experiment else None
@@ -65,20 +75,43 @@ class Tracker:
 
     def log(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Add one record to the run's history. Steps must not decrease: W&B drops records of earlier steps."""
+        if self._history is not None:
+            # Opened anew for each: what is written is then with the kernel, whatever becomes of this process.
+            with suppress(OSError), self._history.open("a") as file:
+                file.write(json.dumps({"_step": step} | dict(metrics)) + "\n")
         if self.experiment is not None:
-            self.experiment.log(dict(metrics), step=step)
+            with self._or_without():
+                self.experiment.log(dict(metrics), step=step)
 
     def summary(self, figures: Mapping[str, Any]) -> None:
         """Set the run's final figures."""
         if self.experiment is not None:
-            self.experiment.summary.update(dict(figures))
+            with self._or_without():
+                self.experiment.summary.update(dict(figures))
 
     def finish(self, exit_code: int) -> None:
         """Flush and close the run; only the first call counts, and the others wait for it."""
         with self._finishing:
             if self.experiment is not None and not self.finished.is_set():
-                self.experiment.finish(exit_code=exit_code)
+                with self._or_without():
+                    self.experiment.finish(exit_code=exit_code)
             self.finished.set()
+
+    def fail(self, exit_code: int) -> None:
+        """Finish the run as failed within a bounded time, as W&B's own process may be gone too."""
+        finishing = threading.Thread(target=self.finish, args=(exit_code,), daemon=True)
+        finishing.start()
+        finishing.join(_FINISH_LIMIT_S)
+
+    @contextmanager
+    def _or_without(self) -> Iterator[None]:
+        """Go on without W&B if its own process has ended: what is measured does not depend on it."""
+        try:
+            yield
+        except Exception as error:  # a broken pipe, or W&B's own word for it
+            self.experiment = None
+            words = " ".join(str(error).split())
+            print(f"the W&B run {self.id} has lost W&B's process ({words}); it goes on without", file=sys.stderr)
 
 
 @contextmanager
@@ -86,28 +119,32 @@ def track(config: LoggerConfig, directory: Path | str, run_config: Mapping[str, 
     """Own the W&B run of this process, which must be rank 0's, from its main thread.
 
     A process killed with SIGKILL loses what W&B had not written: offline it writes whole blocks of 32 KB and
-    has no flush but `finish`, so a short run's file then holds nothing (seen with W&B 0.31). `report.json` and
-    the terminal are the record of what was killed; W&B's own process ends by itself a second later.
+    has no flush but `finish`, so a short run's file then holds nothing (seen with W&B 0.31). Two files beside it are
+    the record of what was killed: `history.jsonl`, which has what was logged and is removed once the run has ended
+    well, and the launcher's `failed.json`. W&B's own process ends by itself a second later.
 
     Args:
-        config: `kind: none` gives a tracker that does nothing.
+        config: `kind: none` gives a tracker without a W&B run.
         directory: an existing folder, under which `wandb/` is made.
         run_config: the composed config as a plain dict.
 
     Raises:
-        ValueError: if `mode: online` finds no account.
+        ConfigError: if `mode: online` finds no account, or no server.
     """
+    history = Path(directory) / HISTORY
+    history.unlink(missing_ok=True)
     if config.kind == "none":
-        yield Tracker(None, None)
-        return
-    tracker = Tracker(_start(config, directory, run_config), config.mode)
-    with _finish_on_signal(tracker):
-        try:
-            yield tracker
-        except BaseException as error:
-            tracker.finish(_exit_code(error))
-            raise
-        tracker.finish(0)
+        yield Tracker(None, None, history)
+    else:
+        tracker = Tracker(_start(config, directory, run_config), config.mode, history)
+        with _finish_on_signal(tracker), told(lambda _: tracker.fail(1)):
+            try:
+                yield tracker
+            except BaseException as error:
+                tracker.fail(_exit_code(error))
+                raise
+            tracker.finish(0)
+    history.unlink(missing_ok=True)
 
 
 def _start(config: LoggerConfig, directory: Path | str, run_config: Mapping[str, Any]) -> Run:
@@ -122,6 +159,7 @@ def _start(config: LoggerConfig, directory: Path | str, run_config: Mapping[str,
         x_disable_meta=True,
         # A sampling thread would share two cores with sixteen ranks whose time is being measured.
         x_disable_stats=True,
+        init_timeout=_REACHED_LIMIT_S,
     )
     try:
         return wandb.init(
@@ -133,8 +171,14 @@ def _start(config: LoggerConfig, directory: Path | str, run_config: Mapping[str,
             settings=settings,
         )
     except wandb.errors.UsageError as error:
-        raise ValueError(
+        raise ConfigError(
             "logger.mode=online needs a W&B account: run `wandb login`, set WANDB_API_KEY, or use logger.mode=offline"
+        ) from error
+    except wandb.errors.Error as error:
+        server = os.environ.get("WANDB_BASE_URL", "W&B's server")
+        raise ConfigError(
+            f"logger.mode={config.mode}: {server} was not reached within {_REACHED_LIMIT_S:.0f} s "
+            f"({' '.join(str(error).split())}); use logger.mode=offline or logger=none"
         ) from error
 
 
@@ -171,9 +215,7 @@ def _watch(receiver: socket.socket, tracker: Tracker) -> None:
 
 def _end(tracker: Tracker, exit_code: int) -> None:
     """Finish the run and end the process, within a bounded time. Nothing else of the rank's state is at stake."""
-    finishing = threading.Thread(target=tracker.finish, args=(exit_code,), daemon=True)
-    finishing.start()
-    finishing.join(_FINISH_LIMIT_S)
+    tracker.fail(exit_code)
     for stream in (sys.stdout, sys.stderr):
         with suppress(Exception):
             stream.flush()

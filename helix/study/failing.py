@@ -1,0 +1,80 @@
+"""How a job that fails ends: one sentence, an exit code, and in its folder what can be kept.
+
+    failed.json     the sentence; the rank, its host and what it was doing; its traceback, if it raised
+    history.jsonl   what had been measured by then, a line for each record (`helix.study.tracking`)
+
+Exit code 2 for what was asked for and cannot be, 1 for what went wrong meanwhile.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+
+from helix.checkpoint.content import CheckpointError
+from helix.comm.failure import RankError, told
+from helix.command.job import stop
+from helix.command.sweep import FAILED
+from helix.config.schema import ConfigError, PartitionError
+from helix.study.provenance import now
+from helix.study.report import write_whole
+
+_SAVE = "save"
+
+
+@contextmanager
+def ending(run_dir: Path, *said: type[Exception]) -> Iterator[None]:
+    """Around a job: whatever ends it on its way is said in one sentence, and kept in its folder.
+
+    Args:
+        said: errors that are sentences already, of something that went wrong.
+
+    Raises:
+        Stop: for all that came from a rank, a disk or a network. What else is raised here is a fault of the program.
+    """
+    with suppress(OSError):
+        (run_dir / FAILED).unlink(missing_ok=True)  # of an earlier start
+    try:
+        with told(partial(_keep, run_dir)):
+            yield
+    except Exception as error:
+        lost = error if isinstance(error, RankError) else error.__cause__
+        lost = lost if isinstance(lost, RankError) else None
+        # Of a checkpoint, a model's folder or a text that is not what it should be, or has gone since the first look.
+        wrong = isinstance(error, ConfigError | CheckpointError | PartitionError)
+        if wrong and (lost is None or lost.phase != _SAVE):
+            stop(str(error), code=2)
+        if isinstance(error, said):
+            _keep(run_dir, error)
+            stop(str(error), code=1)
+        if lost is None and not isinstance(error, OSError):
+            raise
+        failure = lost or error
+        kept = _keep(run_dir, failure)
+        if lost is not None and lost.trace and not kept:
+            print(lost.trace)
+        where = f"; its traceback is in {run_dir / FAILED}" if lost is not None and lost.trace and kept else ""
+        stop(f"{_words(failure)}{where}", code=1)
+
+
+def _words(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error)
+
+
+def _keep(run_dir: Path, error: Exception) -> bool:
+    """Write failed.json, if there is a folder and room in it."""
+    content: dict[str, str | int] = {"reason": _words(error), "at": now()}
+    if isinstance(error, RankError):
+        content |= {"rank": error.rank, "host": error.host, "phase": error.phase, "traceback": error.trace}
+    if not run_dir.is_dir():
+        return False
+    try:
+        write_whole(json.dumps(content, indent=2) + "\n", run_dir / FAILED)
+    except OSError:
+        return False
+    return True
