@@ -17,7 +17,15 @@ import pytest
 from helix.config import environment
 
 ROOT = Path(__file__).resolve().parents[1]
-LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_NNODES")
+LAUNCHERS = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_WORLD_SIZE",
+    "SLURM_PROCID",
+    "SLURM_NTASKS",
+    "SLURM_NNODES",
+)
 ACCOUNT = ("WANDB_API_KEY", "WANDB_BASE_URL", "WANDB_IDENTITY_TOKEN_FILE")
 GB = 10**9
 
@@ -116,6 +124,17 @@ CASES = [
     case("torchrun-8", "", "16 ranks, and torchrun started 8", "start 16", env={"RANK": "0", "WORLD_SIZE": "8"}),
     case("srun-4", "", "16 ranks, and SLURM started 4", env={"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}),
     case("world-size", "", "WORLD_SIZE must be a whole number", env={"RANK": "0", "WORLD_SIZE": "many"}),
+    case(
+        "placement", "parallel.placement=inside", "cannot be 'inside' (did you mean slices_inside?)", "slices_across"
+    ),
+    case("across-one-host", "parallel.placement=slices_across", "all ranks are on one", "auto or slices_inside"),
+    case(
+        "inside-many-hosts",
+        "parallel.placement=slices_inside",
+        "a slice group on every host, and 16 ranks are 4 groups of m=4, for 8 hosts",
+        "=auto, or m of 1, 2",
+        env={"RANK": "0", "WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "8"},
+    ),
     case("online-no-key", "logger=wandb_online", "needs an API key for api.wandb.ai", "WANDB_API_KEY", "logger=none"),
     case("precision", "precision=fp16", "precision cannot be 'fp16'", "64-true, 32-true, bf16-true, 16-true"),
     case("seed-negative", "seed=-1", "seed must be at least 0, not -1"),

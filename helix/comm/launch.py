@@ -10,14 +10,18 @@ import os
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from helix.comm.fork import RankError, fork, killed
+from helix.comm import activity
+from helix.comm.failure import RankError
+from helix.comm.fork import fork, killed
 from helix.comm.process_group import ProcessGroup, launchers_store
 from helix.config.environment import started
+from helix.partition.placement import AUTO, check_hosts
 
 __all__ = ["RankError", "Restart", "agree", "launch", "restarted"]
 
@@ -25,7 +29,14 @@ T = TypeVar("T")
 
 
 def launch(
-    fn: Callable[..., T], *args: Any, ranks: int, device: str = "cpu", timeout_s: float = 600, max_restarts: int = 0
+    fn: Callable[..., T],
+    *args: Any,
+    ranks: int,
+    device: str = "cpu",
+    timeout_s: float = 600,
+    max_restarts: int = 0,
+    placement: str = AUTO,
+    slices: int = 1,
 ) -> list[T]:
     """Run `fn(*args)` on every rank of a fresh process group and return each rank's result, by rank.
 
@@ -38,20 +49,25 @@ def launch(
             or ended without raising; `restarted()` tells them. A rank that raised would raise again, and ends it all.
             Ranks of torchrun or SLURM are started again by these, after failures of any kind
             (`torchrun --max-restarts`).
+        placement: how torchrun's or SLURM's processes on several hosts are numbered anew
+            (`helix.partition.placement`): `dist.get_rank()` may differ from the launcher's number, but for 0.
+        slices: ranks of a slice group, which the placement is about.
 
     Raises:
+        PartitionError: if the placement cannot be kept on the ranks' hosts.
         ValueError: if ranks is below 1, differs from the ranks that are running, or exceeds the GPUs.
-        RankError: if a rank was killed, and no restart is left.
+        RankError: if a rank was killed or stopped, and no restart is left.
         KeyboardInterrupt, SystemExit: if this process is told to stop, once the ranks have ended.
-        Exception: the first failing rank's own error, with its traceback as the cause.
+        Exception: the first failing rank's own error; its cause is a `RankError` that says where, with the traceback.
     """
     if ranks < 1:
         raise ValueError(f"launch needs at least one rank, not {ranks}")
     _adopt_slurm()
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        return _join(fn, args, ranks, device, timeout_s)
+        return _join(fn, args, ranks, ProcessGroup(device, timeout_s, placement, slices, watched=True))
     if device == "cuda" and ranks > torch.cuda.device_count():
         raise ValueError(f"{ranks} ranks need {ranks} GPUs; this machine has {torch.cuda.device_count()}")
+    check_hosts(placement, ranks, 1, slices)
     return fork(fn, args, ranks, device, timeout_s, max_restarts)
 
 
@@ -101,11 +117,13 @@ def first_said(key: str, value: str) -> tuple[str, Restart | None]:
     return said[0], said[1]
 
 
-def _join(fn: Callable[..., T], args: tuple[Any, ...], ranks: int, device: str, timeout_s: float) -> list[T]:
+def _join(fn: Callable[..., T], args: tuple[Any, ...], ranks: int, group: ProcessGroup) -> list[T]:
     running = int(os.environ["WORLD_SIZE"])
     if running != ranks:
         raise ValueError(f"{ranks} ranks were asked for, and {running} are running")
-    with ProcessGroup(device, timeout_s):
+    if own := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # in a folder of torchrun's for this rank
+        activity.record_to(Path(own).with_name("activity"))
+    with group:
         result = fn(*args)
         results: list[Any] = [None] * ranks
         dist.all_gather_object(results, result)
@@ -116,12 +134,23 @@ def _adopt_slurm() -> None:
     """Give a task that srun started the variables that torchrun would have set."""
     if "RANK" in os.environ or "SLURM_PROCID" not in os.environ or os.environ.get("SLURM_NTASKS", "1") == "1":
         return
-    env = os.environ
-    if "MASTER_ADDR" not in env:
-        command = ["scontrol", "show", "hostnames", env["SLURM_JOB_NODELIST"]]
-        env["MASTER_ADDR"] = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[0]
-    # One port for all tasks of a job and, as a rule, not two jobs' on one node.
-    env.setdefault("MASTER_PORT", str(15000 + int(env["SLURM_JOB_ID"]) % 40000))
+    env, here = os.environ, started()
+    assert here is not None
+    if "MASTER_ADDR" not in env:  # a step need not have all nodes of its job
+        env["MASTER_ADDR"] = _first_node(env.get("SLURM_STEP_NODELIST") or env["SLURM_JOB_NODELIST"])
+    # One port for all tasks of a step and, as a rule, not two steps' or two jobs' on one node.
+    number = 101 * int(env["SLURM_JOB_ID"]) + int(env.get("SLURM_STEP_ID", "0"))
+    env.setdefault("MASTER_PORT", str(15000 + number % 15000))
     env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_NTASKS"]
-    env["LOCAL_RANK"] = env["SLURM_LOCALID"]
-    env["LOCAL_WORLD_SIZE"] = env.get("SLURM_NTASKS_PER_NODE", env["SLURM_NTASKS"])
+    env["LOCAL_RANK"], env["LOCAL_WORLD_SIZE"] = env["SLURM_LOCALID"], str(here.local_ranks)
+
+
+def _first_node(nodes: str) -> str:
+    """The first of SLURM's nodes, which has rank 0: "gpu1" of "gpu[1-4,7]"."""
+    try:
+        command = ["scontrol", "show", "hostnames", nodes]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[0]
+    except FileNotFoundError:  # in a container, as a rule
+        from lightning.fabric.plugins.environments import SLURMEnvironment
+
+        return str(SLURMEnvironment.resolve_root_node_address(nodes))

@@ -1,20 +1,37 @@
-"""The default process group of one rank, by keys that no earlier group of its launcher's store had."""
+"""The default process group of one rank, by keys that no earlier group of its launcher's store had.
+
+On several hosts processes are numbered anew when it is made (`helix.partition.placement`), so that everywhere else a
+rank is a position on the mesh. In it the environment's RANK is the new number too, which Lightning, DeepSpeed and
+transformers read.
+"""
 
 from __future__ import annotations
 
 import itertools
 import json
 import os
+import sys
 import time
+from contextlib import ExitStack
 from datetime import timedelta
+from types import TracebackType
 from uuid import uuid4
 
 import torch
 import torch.distributed as dist
 
+from helix.comm import flight
+from helix.comm.heartbeat import Heartbeat
+from helix.comm.hosts import Hosts, hosts_of, own_host
+from helix.comm.interface import choose_interface
+from helix.config.environment import debug_limit_s
+from helix.partition.grid import PartitionError
+from helix.partition.placement import AUTO, Placed, place
+
 # This process's connection to the launcher's store, and the number of its next process group.
 _connected: list[tuple[dist.Store, int, int]] = []
 _groups = itertools.count()
+_hosts: list[Hosts] = []  # of the process group that there is
 _POLL_S = 0.01
 
 
@@ -23,11 +40,32 @@ def own_device(kind: str) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if kind == "cuda" else torch.device("cpu")
 
 
-class ProcessGroup:
-    """The default process group for one rank's work, torn down on every way out."""
+def hosts() -> Hosts:
+    """The hosts of the ranks that are running."""
+    return _hosts[-1]
 
-    def __init__(self, device: str, timeout_s: float) -> None:
+
+class ProcessGroup:
+    """The default process group for one rank's work, torn down on every way out.
+
+    Args:
+        device: "cpu" (gloo) or "cuda" (NCCL).
+        timeout_s: after which a collective that waits for a missing rank gives up.
+        placement, slices: see `helix.partition.placement.place`.
+        watched: whether the ranks watch each other (`helix.comm.heartbeat`), as nobody else does it on several hosts.
+
+    Raises:
+        PartitionError: on every rank, when it is entered, if the placement cannot be kept on the ranks' hosts.
+    """
+
+    def __init__(
+        self, device: str, timeout_s: float, placement: str = AUTO, slices: int = 1, watched: bool = False
+    ) -> None:
         self.device, self.timeout = device, timedelta(seconds=timeout_s)
+        self.placement, self.slices = placement, slices
+        self._debug = ExitStack()
+        self._watched = watched
+        self._heartbeat: Heartbeat | None = None
 
     def __enter__(self) -> None:
         local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
@@ -35,22 +73,87 @@ class ProcessGroup:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", os.environ["RANK"])))
         else:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
-        store, rank, ranks = _own_store(self.timeout)
+        store, number, said = _own_store(self.timeout)
+        if self._watched and len(said) > 1:
+            self._heartbeat = Heartbeat(store, number, said)
+        try:
+            self._join(store, number, said)
+        except PartitionError:  # no rank's fault: all raise it
+            if self._heartbeat is not None:
+                self._heartbeat.leave()
+            raise
+        except Exception as error:
+            self._blame(error)
+            raise
+
+    def _join(self, store: dist.Store, number: int, said: list[str]) -> None:
+        placed, refused = self._place(said)
+        rank = placed.positions[number]
+        choose_interface(store, number, hosts_of(said).of)
         dist.init_process_group(
-            "nccl" if self.device == "cuda" else "gloo", store=store, rank=rank, world_size=ranks, timeout=self.timeout
+            "nccl" if self.device == "cuda" else "gloo",
+            store=store,
+            rank=rank,
+            world_size=len(said),
+            timeout=self.timeout,
         )
         # One that is done early closes its connections, and would be taken for one that crashed by a late one.
         dist.barrier()
+        if refused is not None:  # only now, when all know: the launcher's store may end with rank 0
+            dist.destroy_process_group()
+            raise refused
+        by_rank = sorted(zip(placed.positions, said, strict=True))
+        _hosts.append(hosts_of([host for _, host in by_rank], placed.taken))
+        self._launchers_number, os.environ["RANK"] = os.environ["RANK"], str(rank)
+        if (limit_s := debug_limit_s()) is not None:
+            from helix.comm.debug import checked  # brings DTensor
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+            self._debug.enter_context(checked(limit_s))
+
+    def _place(self, said: list[str]) -> tuple[Placed, PartitionError | None]:
+        """Every process's position by what they said of their hosts; if there is none, why."""
+        known = hosts_of(said).of
+        try:
+            return place(self.placement, known, self.slices), None
+        except PartitionError as error:
+            return place(AUTO, known, self.slices), error
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._debug.__exit__(kind, error, trace)
+        if error is not None:
+            flight.write(reason=f"{type(error).__name__}: {error}")
+        self._blame(error)
+        os.environ["RANK"] = self._launchers_number
+        _hosts.pop()
         # After an error the others may be stuck in a collective, and destroying the group would wait for them.
         if kind is None and dist.is_initialized():
             dist.barrier()  # another may still be connecting a group of its own
             dist.destroy_process_group()
+        _forget_parts()
+        if self._heartbeat is not None and error is None:
+            self._heartbeat.leave()
+
+    def _blame(self, error: BaseException | None) -> None:
+        if self._heartbeat is not None and isinstance(error, Exception):
+            self._heartbeat.blame(error)
+
+
+def _forget_parts() -> None:
+    """Have DTensor forget which parts of tensors were this rank's.
+
+    It keeps them by the tensor's and the mesh's shape. In the next job of a sweep, whose placement is another, this
+    process may be another rank, and would give the wrong parts: answers were wrong by 1.2 of their size.
+    """
+    if "torch.distributed.tensor" in sys.modules:
+        from torch.distributed.tensor import debug
+
+        debug._clear_sharding_prop_cache()
 
 
 def launchers_store(timeout: timedelta = timedelta(minutes=10)) -> tuple[dist.Store, int, int]:
-    """The launcher's store, which outlives the ranks if it starts them again; this rank, and the number of ranks.
+    """The launcher's store, which outlives the ranks if it starts them again; its number of this process, and of all.
 
     One connection serves all: without torchrun rank 0 is the server, and a new one might be taken for the old.
     """
@@ -59,8 +162,8 @@ def launchers_store(timeout: timedelta = timedelta(minutes=10)) -> tuple[dist.St
     return _connected[0]
 
 
-def _own_store(timeout: timedelta) -> tuple[dist.Store, int, int]:
-    """Keys for one process group of this process, its rank and the number of ranks.
+def _own_store(timeout: timedelta) -> tuple[dist.Store, int, list[str]]:
+    """Keys for one process group of this process, the launcher's number of it, and what all said of their hosts.
 
     Ranks of torchrun's launch again for each job of a sweep, and are started again when one was killed. The store is
     then the same, and holds the addresses of the last group, to which a rank that is early would connect; so each
@@ -68,27 +171,31 @@ def _own_store(timeout: timedelta) -> tuple[dist.Store, int, int]:
     """
     store, rank, ranks = launchers_store(timeout)
     group = dist.PrefixStore(f"helix-launch-{next(_groups)}", store)
-    return dist.PrefixStore(_agreed_name(group, rank, ranks, timeout), group), rank, ranks
+    name, said = _agree(group, rank, ranks, timeout)
+    return dist.PrefixStore(name, group), rank, said
 
 
-def _agreed_name(store: dist.Store, rank: int, ranks: int, timeout: timedelta) -> str:
-    """A name that rank 0 has just made, on all ranks that are running now.
+def _agree(store: dist.Store, rank: int, ranks: int, timeout: timedelta) -> tuple[str, list[str]]:
+    """A name that rank 0 has just made, on all ranks that are running now, and the host of each.
 
     Not the number of restarts: on several hosts each agent has its own count. What an earlier start of the ranks left
     in the store is told apart by the answer, which names the very ranks that asked.
     """
-    own = uuid4().hex
+    own, host = uuid4().hex, own_host()
     if rank == 0:
         store.set("name", own)
         keys = [f"{own}/{other}" for other in range(1, ranks)]
         store.wait(keys, timeout)
-        store.set(f"{own}/ranks", json.dumps([own, *(store.get(key).decode() for key in keys)]))
-        return own
+        answers = [[own, host], *(json.loads(store.get(key)) for key in keys)]
+        store.set(f"{own}/ranks", json.dumps(answers))
+        return own, [each for _, each in answers]
     deadline = time.monotonic() + timeout.total_seconds()
     while time.monotonic() < deadline:
         name: str = store.get("name").decode()
-        store.set(f"{name}/{rank}", own)
-        if store.check([f"{name}/ranks"]) and json.loads(store.get(f"{name}/ranks"))[rank] == own:
-            return name
+        store.set(f"{name}/{rank}", json.dumps([own, host]))
+        if store.check([f"{name}/ranks"]):
+            answers = json.loads(store.get(f"{name}/ranks"))
+            if answers[rank][0] == own:
+                return name, [each for _, each in answers]
         time.sleep(_POLL_S)
     raise TimeoutError(f"rank {rank} waited {timeout.total_seconds():.0f} s for rank 0 and the other ranks to start")

@@ -30,6 +30,7 @@ from helix.config.values import check_values as check_values
 from helix.config.values import suggest as suggest
 from helix.partition import rivals
 from helix.partition.grid import PartitionError, divisors, legal_grids
+from helix.partition.placement import check_hosts
 from helix.partition.schedules import check_schedule
 from helix.partition.shape import check_ends, check_expert_parallel, check_routing
 
@@ -62,6 +63,7 @@ def check(settings: InferConfig) -> None:
         check_dry_run(settings)
         return
     local_ranks = check_started(settings.parallel.ranks)
+    check_placement(settings.parallel)
     device = check_device(settings.device, local_ranks)
     check_memory(settings, local_ranks, device)
 
@@ -253,6 +255,16 @@ def check_started(ranks: int) -> int:
             f"{ranks}, choose a grid of {launcher.ranks}, or run without a launcher and the ranks are forked"
         )
     return launcher.local_ranks
+
+
+def check_placement(parallel: ParallelConfig) -> None:
+    """Check that the hosts that the launcher counts can keep the placement; the ranks check it on the real ones.
+
+    On one host `slices_across` is refused, not taken for `auto`: a sweep over placements passes over it with the
+    reason, where it would else hold one figure twice under two names.
+    """
+    launcher = environment.started()
+    check_hosts(parallel.placement, parallel.ranks, 1 if launcher is None else launcher.hosts, parallel.m)
 
 
 def check_device(device: str, local_ranks: int) -> str:

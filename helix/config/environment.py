@@ -11,6 +11,8 @@ import psutil
 
 from helix.config.schema import ConfigError
 
+DEBUG_LIMIT_S = 10  # of a rank that comes to no collective, in debug mode
+
 
 @dataclass(frozen=True)
 class Started:
@@ -21,12 +23,14 @@ class Started:
         ranks: processes of the whole job.
         rank: this one, counted from 0.
         local_ranks: processes on this host.
+        hosts: of the whole job, as the launcher counts them.
     """
 
     by: str
     ranks: int
     rank: int
     local_ranks: int
+    hosts: int = 1
 
 
 def local_ranks(ranks: int) -> int:
@@ -48,11 +52,14 @@ def started() -> Started | None:
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         ranks = _number("WORLD_SIZE")
         local = _number("LOCAL_WORLD_SIZE") if "LOCAL_WORLD_SIZE" in os.environ else ranks
-        return Started("torchrun", ranks, _number("RANK"), local)
+        hosts = _number("GROUP_WORLD_SIZE") if "GROUP_WORLD_SIZE" in os.environ else -(-ranks // max(1, local))
+        return Started("torchrun", ranks, _number("RANK"), local, max(1, hosts))
     # One task is a plain batch script, whose ranks are forked as anywhere else.
     if "SLURM_PROCID" in os.environ and os.environ.get("SLURM_NTASKS", "1") != "1":
-        ranks, hosts = _number("SLURM_NTASKS"), int(os.environ.get("SLURM_NNODES", "1"))
-        return Started("SLURM", ranks, _number("SLURM_PROCID"), -(-ranks // hosts))
+        ranks, hosts = _number("SLURM_NTASKS"), max(1, _number("SLURM_NNODES", "1"))
+        tasks = os.environ.get("SLURM_GTIDS")  # of this node, by their numbers: "4,5,6"
+        local = len(tasks.split(",")) if tasks else -(-ranks // hosts)
+        return Started("SLURM", ranks, _number("SLURM_PROCID"), local, hosts)
     return None
 
 
@@ -125,8 +132,23 @@ def free_gpu_memory_bytes() -> int | None:
         return None
 
 
-def _number(variable: str) -> int:
-    text = os.environ[variable]
+def debug_limit_s() -> float | None:
+    """How long debug mode waits for a rank that comes to no collective; None where it is not asked for.
+
+    Raises:
+        ConfigError: if HELIX_DEBUG or HELIX_DEBUG_LIMIT_S is nothing that it may be.
+    """
+    asked = os.environ.get("HELIX_DEBUG", "0")
+    if asked not in ("0", "1", ""):
+        raise ConfigError(f"the environment variable HELIX_DEBUG must be 0 or 1, not {asked!r}")
+    limit = _number("HELIX_DEBUG_LIMIT_S") if "HELIX_DEBUG_LIMIT_S" in os.environ else DEBUG_LIMIT_S
+    if limit < 1:
+        raise ConfigError(f"the environment variable HELIX_DEBUG_LIMIT_S must be at least 1 second, not {limit}")
+    return float(limit) if asked == "1" else None
+
+
+def _number(variable: str, default: str = "") -> int:
+    text = os.environ.get(variable, default)
     try:
         return int(text)
     except ValueError:

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from helix.config.check import check_device, check_logger, check_rivals, check_started, check_values
+from helix.config.check import (
+    check_device,
+    check_logger,
+    check_placement,
+    check_rivals,
+    check_started,
+    check_values,
+)
 from helix.config.dry_run import check_dry_run
 from helix.config.folder import check_dims, check_package, folder_at, refuse_length, shape_of
 from helix.config.memory import check_generation_memory
@@ -55,6 +62,7 @@ def check_generation(settings: InferConfig) -> None:
     check_grid(settings.parallel, settings.model, batch_sizes(len(prompts), settings.workload.batch_size))
     check_logger(settings.logger)
     local_ranks = check_started(settings.parallel.ranks)
+    check_placement(settings.parallel)
     device = check_device(settings.device, local_ranks)
     check_generation_memory(settings, prompts, known_shape(settings.model), local_ranks, device)
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from helix.config.bounds import at_least, one_of
 from helix.partition.phases import DECODE
+from helix.partition.placement import AUTO as AUTO_PLACEMENT
+from helix.partition.placement import PLACEMENTS
 from helix.partition.schedules import SCHEDULES
 
 METHODS = ("helix", "single", "data", "tensor")
@@ -23,7 +25,8 @@ class ParallelConfig:
     For other methods than Helix m is 1, and n the ranks that share one replica's stage. `concat` matters to
     `aggregate=concat` only; of the attention's options the others read `residual` alone (tensor parallelism).
     `microbatches` is the number that a pipeline cuts a step into. `helix.config.methods` has each method's name.
-    While text is generated, `schedule` is of the prompt and `decode` of the tokens after it.
+    While text is generated, `schedule` is of the prompt and `decode` of the tokens after it. `placement` is of the m
+    slices on several hosts (`helix.partition.placement`), for all methods of a launch.
 
     `devices` and `goal` are of `method=auto` alone, which never runs: `helix.command.choose` puts there what the
     planner chooses for so many devices, the best in that goal. Sizes that are to be chosen are 0 until then.
@@ -41,6 +44,7 @@ class ParallelConfig:
     projection: str = one_of("column", ("column", "block"))
     residual: str = one_of("sharded", ("sharded", "replicated"))
     microbatches: int = at_least(1, 4)
+    placement: str = one_of(AUTO_PLACEMENT, PLACEMENTS)
     devices: int | None = at_least(1, None)
     goal: str | None = one_of(None, GOALS)
 

@@ -16,6 +16,7 @@ from helix.config.check import (
     check_layer,
     check_logger,
     check_model,
+    check_placement,
     check_sizes,
     check_started,
     check_text,
@@ -180,7 +181,9 @@ def check_training(settings: TrainConfig) -> None:
     _check_trainer(settings.trainer, settings.optimizer)
     _check_restarts(settings)
     check_logger(settings.logger)
-    device = check_device(settings.device, local_ranks := check_started(parallel.ranks))
+    local_ranks = check_started(parallel.ranks)
+    check_placement(parallel)
+    device = check_device(settings.device, local_ranks)
     _check_memory(settings, local_ranks, device)
 
 

@@ -8,13 +8,14 @@ without.
 from __future__ import annotations
 
 import gc
-import socket
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch.distributed as dist
 
 from helix.checkpoint.content import CheckpointError
+from helix.comm.activity import enter
+from helix.comm.hosts import own_host
 from helix.config.schema import ParallelConfig, WorkloadConfig
 from helix.generation.contenders import Contender, Source, contender
 from helix.generation.errors import CannotRun, Diverged
@@ -87,9 +88,11 @@ def measure(
     found: dict[str, Found] = {}
     refusals: dict[str, str] = {}
     for number, (name, layout) in enumerate(protocol.layouts.items()):
+        enter("load")
         try:
             running[name] = together(partial(contender, source, layout))
-            found[name] = Found(socket.gethostname(), running[name].weight_bytes(), running[name].idle_ranks)
+            found[name] = Found(own_host(), running[name].weight_bytes(), running[name].idle_ranks)
+            enter("generation, warm-up")
             for _ in range(protocol.work.warmup):
                 _warm_up(task, running[name], found[name], view)
                 view = None  # only the first answers of the main method are shown
@@ -133,7 +136,9 @@ def _take_turns(
     with progress_bar(stderr=True) as progress:
         bar = progress.add_task("", total=len(turns))
         for turn in turns:
-            progress.update(bar, description=f"run {turn.run + 1} of {work.runs}: {turn.method}")
+            run = f"run {turn.run + 1} of {work.runs}"
+            enter(f"generation, {run}")
+            progress.update(bar, description=f"{run}: {turn.method}")
             progress.refresh()
             each, own = running[turn.method], found[turn.method]
             if turn.kind is Kind.RECORDED:

@@ -13,8 +13,10 @@ from typing import Any
 
 import torch.distributed as dist
 
+from helix.comm.activity import enter
+from helix.comm.agreement import agree_on
 from helix.comm.launch import launch
-from helix.comm.process_group import own_device
+from helix.comm.process_group import hosts, own_device
 from helix.config.environment import local_ranks, resolve_device, speaks
 from helix.config.folder import shape_of
 from helix.config.generation import check_shape, prompts_of, stop_texts
@@ -31,6 +33,8 @@ from helix.generation.tokens import Prompts, encode, read_tokenizer
 from helix.generation.verify import compare, expected
 from helix.generation.views import make_printable
 from helix.parallel.methods.configured import DTYPES
+from helix.pretrained.folder import ONLY_DATA
+from helix.study.between import host_ranks
 from helix.study.provenance import now
 from helix.study.report import (
     NOT_VERIFIED,
@@ -70,8 +74,16 @@ def run(settings: InferConfig, run_dir: Path) -> None:
     began = now()
     given = read(settings)
     device = resolve_device(settings.device, local_ranks(settings.parallel.ranks))
-    arguments = settings, given, run_dir, device, began, time.time()
-    reports = launch(_rank, *arguments, ranks=settings.parallel.ranks, device=device, timeout_s=_TIMEOUT_S)
+    parallel, arguments = settings.parallel, (settings, given, run_dir, device, began, time.time())
+    reports = launch(
+        _rank,
+        *arguments,
+        ranks=parallel.ranks,
+        device=device,
+        timeout_s=_TIMEOUT_S,
+        placement=parallel.placement,
+        slices=parallel.m,
+    )
     if reports[0] is not None and speaks():
         make_printable()
         show(reports[0])
@@ -85,7 +97,7 @@ def read(settings: InferConfig) -> Given:
     check_shape(settings.model, shape)
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, **ONLY_DATA)
     # One import serves all ranks.
     importlib.import_module(AutoModelForCausalLM._model_mapping[type(config)].__module__)
     importlib.import_module("helix.pretrained.loading")
@@ -114,6 +126,7 @@ def _rank(
     settings: InferConfig, given: Given, run_dir: Path, device: str, began: str, launched_at: float
 ) -> Report | None:
     """What each rank does; rank 0 returns the report."""
+    agree_on(asdict(settings), run_dir)
     startup_s = time.time() - launched_at
     if dist.get_rank() != 0:
         _gather(*_measure(settings, given, device, Tracker(None, None)))
@@ -132,6 +145,7 @@ def _measure(
     settings: InferConfig, given: Given, device: str, tracker: Tracker
 ) -> tuple[dict[str, Found], dict[str, str], dict[str, Accuracy]]:
     """Run the protocol on this rank; rank 0 then compares with transformers alone."""
+    enter("load")
     own = own_device(device)
     source = Source(given.folder, DTYPES[settings.precision], own)
     pad = padding(given.tokenizer, given.ends)
@@ -139,7 +153,9 @@ def _measure(
     task = Task(given.prompts, settings.generate, given.tokenizer, given.ends, pad, stop, settings.seed, own)
     layouts = {to_name(each): each for each in (settings.parallel, *baselines_of(settings))}
     found, refusals, running = measure(Protocol(layouts, settings.workload), source, task, tracker)
+    enter("comparison")
     accuracies = _verify(task, source, found, running) if settings.generate.verify else {}
+    enter("save")
     return found, refusals, accuracies
 
 
@@ -218,6 +234,7 @@ def _report(
         wandb=tracked,
         settings=digest(settings),
         chosen=settings.chosen,
+        hosts=host_ranks(hosts()),
     )
 
 

@@ -7,6 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from helix.config.words import figure, size
+from helix.study.between import hosts_line
 from helix.study.report import NOT_VERIFIED, Accuracy, Refusal, Report, Traffic
 from helix.study.statistics import Summary
 from helix.study.table import (
@@ -55,6 +56,8 @@ def _headline(report: Report) -> Text:
     line.append(f", {len(report.step_ms.runs)} runs, ")
     temperature = about.settings["temperature"]
     line.append(f"temperature {temperature:g}, seed {report.seed}" if temperature else "greedy")
+    if report.hosts is not None:
+        line.append_text(Text("\n") + hosts_line(report.hosts))
     return line
 
 

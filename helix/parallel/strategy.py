@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision, MixedPrecision, Precision
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.device_mesh import DeviceMesh
@@ -36,6 +37,17 @@ from helix.partition.grid import Grid
 
 # What Lightning makes of Trainer(precision=..) under a strategy that it does not know.
 _LIGHTNINGS_OWN = (Precision, HalfPrecision, DoublePrecision, MixedPrecision)
+
+
+class RunningRanks(TorchElasticEnvironment):
+    """Ranks whose process group runs already, whoever has started them.
+
+    `helix.launch` keeps torchrun's variables true to it, under SLURM as well: Lightning's own environment for that
+    knows a process by srun's number, and `parallel.placement` gives it another.
+    """
+
+    def validate_settings(self, num_devices: int, num_nodes: int) -> None:
+        """Hosts need not have equally many ranks, as Lightning wants."""
 
 
 class HelixStrategy(ModelParallelStrategy):
@@ -78,6 +90,8 @@ class HelixStrategy(ModelParallelStrategy):
         self.precision, self.shard_data, self.scaling = precision, shard_data, scaling
         self._mesh: Mesh | None = None
         self._sigterm: Any = None
+        if dist.is_initialized():
+            self.cluster_environment = RunningRanks()
 
     @property
     def precision_plugin(self) -> Precision:

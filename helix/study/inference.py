@@ -9,7 +9,6 @@ forward pass of the whole model over one batch; ranks start it together, and it 
 from __future__ import annotations
 
 import logging
-import socket
 import time
 from dataclasses import asdict
 from functools import partial
@@ -22,8 +21,11 @@ from lightning.pytorch import Trainer
 
 from helix.checkpoint.agree import from_rank_0
 from helix.checkpoint.restoring import open_checked
+from helix.comm.activity import enter
+from helix.comm.agreement import agree_on
+from helix.comm.hosts import own_host
 from helix.comm.launch import launch
-from helix.comm.process_group import own_device
+from helix.comm.process_group import hosts, own_device
 from helix.config.environment import local_ranks, resolve_device, speaks
 from helix.config.methods import baselines_of, to_name
 from helix.config.schema import InferConfig, ParallelConfig, digest, to_grid, to_shape
@@ -31,6 +33,7 @@ from helix.parallel.methods.build import load
 from helix.parallel.methods.configured import DTYPES, resolve
 from helix.parallel.methods.method import Job
 from helix.parallel.strategy import HelixStrategy
+from helix.study.between import host_ranks
 from helix.study.measure import BenchmarkModule, Stopwatch, turn_loader
 from helix.study.profile import profiled
 from helix.study.provenance import now
@@ -56,8 +59,14 @@ def run(settings: InferConfig, run_dir: Path) -> None:
     device = resolve_device(settings.device, local_ranks(settings.parallel.ranks))
     load({each.method for each in _methods(settings)}, settings.model.experts > 0, device)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    parallel, arguments = settings.parallel, (settings, run_dir, device, began, time.time())
     measured = launch(
-        _rank, settings, run_dir, device, began, time.time(), ranks=settings.parallel.ranks, device=device
+        _rank,
+        *arguments,
+        ranks=parallel.ranks,
+        device=device,
+        placement=parallel.placement,
+        slices=parallel.m,
     )
     report = measured[0]
     if report is not None and speaks():
@@ -66,6 +75,7 @@ def run(settings: InferConfig, run_dir: Path) -> None:
 
 def _rank(settings: InferConfig, run_dir: Path, device: str, began: str, launched_at: float) -> Report | None:
     """What each rank does; rank 0 returns the report."""
+    agree_on(asdict(settings), run_dir)
     startup_s = _slowest(time.time() - launched_at)
     if dist.get_rank() != 0:
         _gather(_measure(settings, device, Tracker(None, None), run_dir))
@@ -81,6 +91,7 @@ def _rank(settings: InferConfig, run_dir: Path, device: str, began: str, launche
 
 def _measure(settings: InferConfig, device: str, tracker: Tracker, run_dir: Path) -> Found:
     """Run the protocol on this rank."""
+    enter("load")
     parallel, work = settings.parallel, settings.workload
     job = _job(settings, own_device(device))
     layouts = {to_name(each): (each.method, resolve(settings, each)) for each in _methods(settings)}
@@ -101,11 +112,13 @@ def _measure(settings: InferConfig, device: str, tracker: Tracker, run_dir: Path
     )
     trainer.predict(module, turn_loader(module, work), return_predictions=False)
     if settings.profile:
+        enter("profile")
         tokens = module.batches[0].to(job.device)
         for name, method in module.methods.items():
             with torch.inference_mode():
                 profiled(partial(method.step, tokens), run_dir / "traces" / name, job.device)
-    host = socket.gethostname()
+    host = own_host()
+    enter("save")
     found = {name: RankResult(host, trial, watch.measured[name]) for name, trial in module.trials.items()}
     return found, module.refusals
 
@@ -166,6 +179,7 @@ def _report(settings: InferConfig, began: str, everyone: list[Found], tracked: T
         wandb=tracked,
         settings=digest(settings),
         chosen=settings.chosen,
+        hosts=host_ranks(hosts()),
     )
 
 
@@ -179,7 +193,7 @@ def _compare(settings: InferConfig, everyone: list[Found]) -> tuple[Measurement,
         if method.name in refusals:
             found.append(Refusal(method, refusals[method.name]))
         else:
-            found.append(measurement(method, [figures[method.name] for figures, _ in everyone], tokens))
+            found.append(measurement(method, [figures[method.name] for figures, _ in everyone], tokens, hosts()))
     main, *others = found
     assert isinstance(main, Measurement)
     return main, [each if isinstance(each, Refusal) else rival(each, main) for each in others]

@@ -16,6 +16,8 @@ from typing import Any
 from helix.planner.chosen import Chosen
 from helix.study.provenance import command, git_commit, versions
 from helix.study.statistics import Paired, Summary
+from helix.study.traffic import BetweenHosts, HostRanks
+from helix.study.traffic import Traffic as Traffic
 
 # Keys that are there where they say something.
 _SELDOM = {
@@ -26,6 +28,9 @@ _SELDOM = {
     "kv_cache_predicted",
     "paired_ttft",
     "chosen",
+    "output_sha256",
+    "between_hosts",
+    "hosts",
 }
 
 
@@ -68,21 +73,6 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Traffic:
-    """Bytes that leave one rank in one step, by "collective/name": counted as it ran, and from the closed forms.
-
-    `predicted` is None for a method without closed forms.
-    """
-
-    executed: Mapping[str, int]
-    predicted: Mapping[str, int] | None
-
-    @property
-    def agrees(self) -> bool:
-        return self.predicted is not None and dict(self.executed) == dict(self.predicted)
-
-
-@dataclass(frozen=True)
 class Accuracy:
     """Relative error (Frobenius norm) of the output against a single-device FP32 oracle.
 
@@ -97,6 +87,8 @@ class Accuracy:
             `relative_error` is then of the logits after the prompts.
         differing_prompts: those whose answers differ, counted from 1.
         first_difference: of the first of them, the token at which it does, counted from 1.
+        output_sha256: of the logits of the first batch, dtype and shape included: two runs with one digest gave the
+            same bits, on whichever hosts. Other grids, schedules, devices or numbers of threads sum in another order.
     """
 
     reference: str
@@ -105,6 +97,7 @@ class Accuracy:
     tokens_equal: bool | None = None
     differing_prompts: tuple[int, ...] | None = None
     first_difference: int | None = None
+    output_sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -186,6 +179,7 @@ class Measurement:
             after it. A step is then one of these, of all prompts at once.
         prefill_bytes_per_rank: as `comm_bytes_per_rank_per_step`, of the prompts.
         collectives: of generation.
+        between_hosts: of a step, where there are several.
     """
 
     method: MethodLabel
@@ -203,6 +197,7 @@ class Measurement:
     tpot_ms: Summary | None = None
     prefill_bytes_per_rank: Traffic | None = None
     collectives: Collectives | None = None
+    between_hosts: BetweenHosts | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,6 +230,7 @@ class Report(Measurement):
         baselines: the methods measured beside this one, in the order in which they were named.
         settings: `helix.config.schema.digest` of the configuration.
         chosen: what `parallel=auto` chose the layout for, and what was predicted of it.
+        hosts: where there are several.
     """
 
     started_at: str
@@ -251,6 +247,7 @@ class Report(Measurement):
     wandb: Tracked | None = None
     settings: str | None = None
     chosen: Chosen | None = None
+    hosts: HostRanks | None = None
     versions: dict[str, str] = field(default_factory=versions)
     command: str = field(default_factory=command)
     git_commit: str | None = field(default_factory=git_commit)

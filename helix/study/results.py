@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from helix.comm.hosts import Hosts
 from helix.config.methods import to_name
 from helix.config.schema import ParallelConfig
 from helix.parallel.methods.method import Layout
+from helix.study.between import between_hosts
 from helix.study.measure import Measured, Recorded
 from helix.study.report import Accuracy, Bubble, Measurement, Memory, MethodLabel, Rival, Schedules, Traffic
 from helix.study.split import Parts, Step, split
@@ -33,12 +35,15 @@ def describe(parallel: ParallelConfig, layout: Layout) -> MethodLabel:
     return MethodLabel(to_name(parallel), m, n, Schedules(schedule), layout.data, layout.stage)
 
 
-def measurement(method: MethodLabel, ranks: Sequence[RankResult], tokens: int) -> Measurement:
+def measurement(
+    method: MethodLabel, ranks: Sequence[RankResult], tokens: int, hosts: Hosts | None = None
+) -> Measurement:
     """The figures of one method from those of all ranks.
 
     Args:
         ranks: in their order.
         tokens: of one step.
+        hosts: of the ranks.
     """
     step_s = step_seconds(ranks)
     comm, wait, compute = _parts(ranks, tokens)
@@ -54,6 +59,7 @@ def measurement(method: MethodLabel, ranks: Sequence[RankResult], tokens: int) -
         accuracy=_accuracy(ranks[0].trial),
         idle_ranks=ranks[0].trial.idle_ranks,
         bubble=_bubble(ranks),
+        between_hosts=None if hosts is None else between_hosts(hosts, [rank.trial for rank in ranks]),
     )
 
 
@@ -124,7 +130,12 @@ def _traffic(trials: Sequence[Trial]) -> Traffic:
 
 def _accuracy(first: Trial) -> Accuracy:
     assert first.relative_error is not None, "rank 0 compares"
-    return Accuracy(first.reference, first.relative_error, first.relative_error_to_h_heads)
+    return Accuracy(
+        first.reference,
+        first.relative_error,
+        first.relative_error_to_h_heads,
+        output_sha256=first.output_sha256,
+    )
 
 
 def _bubble(ranks: Sequence[RankResult]) -> Bubble | None:

@@ -12,9 +12,11 @@ from rich.text import Text
 
 from helix.config.words import figure, size
 from helix.planner.chosen import Chosen, compared
+from helix.study.between import hosts_line, other_placements
 from helix.study.report import Measurement, Refusal, Report, Rival
 from helix.study.statistics import Paired, Summary
 from helix.study.terminal import Terminal
+from helix.study.traffic import Traffic
 
 _REFERENCES = {
     "mha_fp32_single": "the same model on one device in FP32",
@@ -68,6 +70,8 @@ def _headline(report: Report) -> Text:
     line.append(f"model {report.model['name']}, {report.precision}, ")
     line.append(f"batch {workload['batch_size']} x {workload['seq_len']} tokens, ")
     line.append(f"{len(report.tokens_per_s.runs)} runs of {workload['iterations']} steps, seed {report.seed}")
+    if report.hosts is not None:
+        line.append_text(Text("\n") + hosts_line(report.hosts))
     if report.checkpoint is not None:
         line.append(f"\nweights after {report.checkpoint.step} steps of training: {report.checkpoint.path}")
     return line
@@ -107,12 +111,27 @@ def summaries(rows: Sequence[tuple[str, Summary | None]]) -> Table:
 
 
 def _traffic(report: Report) -> RenderableType:
-    traffic = report.comm_bytes_per_rank_per_step
+    table = traffic_table(
+        "leaves one rank in one step, bytes", report.comm_bytes_per_rank_per_step, "Nothing moves between ranks."
+    )
+    if report.between_hosts is None:
+        return table
+    between = report.between_hosts
+    assert report.hosts is not None
+    crosses = traffic_table("crosses hosts in one step, bytes of all ranks", between, "Nothing crosses hosts.")
+    parts = [table, Text(), crosses]
+    if (said := other_placements(report.hosts.placement, between)) is not None:
+        parts.append(said)
+    return Group(*parts)
+
+
+def traffic_table(what: str, traffic: Traffic, nothing: str) -> RenderableType:
+    """Bytes by collective, and whether the closed forms agree; or the sentence that there are none."""
     executed, predicted = traffic.executed, traffic.predicted or {}
     names = list(dict.fromkeys([*predicted, *executed]))
     if not names:
-        return Text("Nothing moves between ranks.")
-    table = columns("leaves one rank in one step, bytes", "executed", "predicted", "")
+        return Text(nothing)
+    table = columns(what, "executed", "predicted", "")
     if traffic.predicted is None:  # no closed form
         for name in names:
             table.add_row(name, f"{executed[name]:,}", "-", "")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import TypeVar, cast
 
 import torch
@@ -13,12 +15,18 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from helix.checkpoint.content import CheckpointError
+from helix.comm.destinations import Destinations
+from helix.comm.failure import exhausted
+from helix.comm.hosts import Hosts
 from helix.comm.mesh import Mesh
+from helix.comm.process_group import hosts
 from helix.comm.record import record
 from helix.parallel.methods.build import build
 from helix.parallel.methods.method import Job, Layout, Method
+from helix.partition.between_hosts import Pairs
 from helix.partition.function import Function, function_of
 from helix.partition.grid import PartitionError
+from helix.partition.placement import ACROSS, INSIDE, hosts_placed
 from helix.study.accuracy import Oracle, name_of, relative_error
 from helix.study.memory import PeakMemory
 
@@ -37,6 +45,10 @@ class Trial:
         weight_bytes, predicted_weight_bytes: of this rank's parameters.
         activation_bytes: growth of this rank's memory over the second step; see `PeakMemory`.
         idle_ranks, bubble: see `helix.parallel.methods.method.Method`.
+        output_sha256: of the first step's logits; known to rank 0 only.
+        between: bytes that left this rank's host in one step, by "collective/name" and host.
+        predicted_between: of all ranks, for each placement by "collective/name" and (sending, receiving) host; on
+            rank 0 only, and where there are several hosts.
     """
 
     reference: str
@@ -49,6 +61,9 @@ class Trial:
     activation_bytes: int
     idle_ranks: int
     bubble: float | None
+    output_sha256: str | None = None
+    between: dict[str, Counter[int]] = field(default_factory=dict)
+    predicted_between: dict[str, dict[str, Pairs]] | None = None
 
 
 class Refused(Exception):
@@ -89,9 +104,9 @@ def together(run: Callable[[], T]) -> T:
     error: Exception | None = None
     try:
         result = run()
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
     except Exception as raised:  # a peer may raise anything: its words are the result
+        if exhausted(raised):
+            raise
         error = raised
     _agree(error)
     return cast(T, result)
@@ -123,7 +138,8 @@ def _check(method: Method, output: Tensor | None, tokens: Tensor, oracle: Oracle
     # Of the second step: a launch's very first one also fills what libraries keep for the process, some 14 MB on the
     # CPU, and whoever came first would pay for all.
     memory = PeakMemory(method.job.device)
-    with record() as log, method.observed():
+    log = Destinations()
+    with record(log), method.observed():
         method.step(tokens)
     growth = memory.growth()
     predicted = method.predicted(routes)
@@ -138,7 +154,29 @@ def _check(method: Method, output: Tensor | None, tokens: Tensor, oracle: Oracle
         activation_bytes=growth,
         idle_ranks=method.idle_ranks,
         bubble=method.bubble,
+        output_sha256=None if logits is None else digest_of(logits),
+        between=log.between(hosts()),
+        predicted_between=_predicted_between(method, routes, hosts()) if dist.get_rank() == 0 else None,
     )
+
+
+def digest_of(tensor: Tensor) -> str:
+    """SHA-256 of a tensor's bits, dtype and shape."""
+    found = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)} ".encode())
+    found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def _predicted_between(method: Method, routes: list[Tensor], found: Hosts) -> dict[str, dict[str, Pairs]] | None:
+    """What crosses hosts as the ranks are placed, and as they would be otherwise."""
+    if not found.several:
+        return None
+    placed = {found.placement: list(found.of)}
+    for placement in (INSIDE, ACROSS):
+        with suppress(PartitionError):
+            placed.setdefault(placement, hosts_placed(placement, found.of, method.layout.grid.m))
+    forms = {name: method.predicted_between(routes, of) for name, of in placed.items()}
+    return {name: each for name, each in forms.items() if each is not None} or None
 
 
 def _error(logits: Tensor | None, expected: Tensor | None) -> float | None:

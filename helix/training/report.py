@@ -14,9 +14,11 @@ from rich.table import Table
 from rich.text import Text
 
 from helix.planner.chosen import Chosen
+from helix.study.between import hosts_line
 from helix.study.provenance import command, git_commit, versions
 from helix.study.report import MethodLabel, Tracked, plain, write_whole
 from helix.study.table import chosen_line
+from helix.study.traffic import HostRanks
 from helix.training.resuming import Resumed
 
 
@@ -51,6 +53,7 @@ class TrainReport:
         model, data, optimizer, trainer: the composed config's groups as plain dicts.
         settings: `helix.config.schema.digest` of the configuration.
         chosen: what `parallel=auto` chose the layout for, and what was predicted of it.
+        hosts: where there are several.
     """
 
     method: MethodLabel
@@ -81,6 +84,7 @@ class TrainReport:
     skipped_steps: list[int] = field(default_factory=list)
     resumed: list[Resumed] = field(default_factory=list)
     wandb: Tracked | None = None
+    hosts: HostRanks | None = None
     versions: dict[str, str] = field(default_factory=versions)
     command: str = field(default_factory=command)
     git_commit: str | None = field(default_factory=git_commit)
@@ -88,7 +92,10 @@ class TrainReport:
 
 def write(report: TrainReport, path: Path) -> Path:
     """Write `train_report.json`, whole or not at all. What is not finite becomes null: JSON has no infinity."""
-    return write_whole(json.dumps(plain(report), indent=2, allow_nan=False) + "\n", path)
+    content = plain(report)
+    if report.hosts is None:
+        del content["hosts"]
+    return write_whole(json.dumps(content, indent=2, allow_nan=False) + "\n", path)
 
 
 def draw(report: TrainReport, path: Path) -> Path:
@@ -138,6 +145,8 @@ def _headline(report: TrainReport) -> Text:
     sequences = data["batch_size"] * report.trainer["accumulate_grad_batches"]
     line.append(f"steps of {sequences} x {data['seq_len']} tokens, seed {report.seed}\n")
     line.append(f"text: {report.text}, {report.text_bytes:,} bytes")
+    if report.hosts is not None:
+        line.append_text(Text("\n") + hosts_line(report.hosts))
     return line
 
 

@@ -10,7 +10,10 @@ from pathlib import Path
 import torch.distributed as dist
 from lightning.pytorch import Callback, Trainer
 
+from helix.comm.activity import enter
+from helix.comm.agreement import agree_on
 from helix.comm.launch import launch
+from helix.comm.process_group import hosts
 from helix.config.environment import local_ranks, resolve_device, speaks
 from helix.config.methods import to_name
 from helix.config.schema import ITEMSIZE, digest, to_grid, to_options, to_shape
@@ -19,6 +22,7 @@ from helix.parallel.checkpoint_callback import HelixCheckpoints
 from helix.parallel.strategy import HelixStrategy
 from helix.partition.cost import cheapest_schedule
 from helix.partition.options import AttentionOptions
+from helix.study.between import host_ranks
 from helix.study.provenance import now
 from helix.study.report import MethodLabel, Schedules, Tracked
 from helix.study.text import TrainingText, corpus, describe, unigram_entropy
@@ -48,6 +52,7 @@ def run(settings: TrainConfig, run_dir: Path) -> None:
     reports = launch(
         _rank, settings, run_dir, device, began, text,
         ranks=settings.parallel.ranks, device=device, max_restarts=settings.max_restarts,
+        placement=settings.parallel.placement, slices=settings.parallel.m,
     )  # fmt: skip
     report = reports[0]
     if report is not None and speaks():
@@ -56,6 +61,7 @@ def run(settings: TrainConfig, run_dir: Path) -> None:
 
 def _rank(settings: TrainConfig, run_dir: Path, device: str, began: str, text: bytes) -> TrainReport | None:
     """What each rank does; rank 0 returns the report."""
+    agree_on(asdict(settings), run_dir)
     beginning = begin(settings, run_dir)
     if dist.get_rank() != 0:
         train(settings, device, text, Tracker(None, None), beginning)
@@ -88,6 +94,7 @@ class Trained:
 
 def train(settings: TrainConfig, device: str, text: bytes, tracker: Tracker, beginning: Beginning) -> Trained:
     """Train on the ranks that are running, as `begin` says."""
+    enter("load")
     parallel, data, limits = settings.parallel, settings.data, settings.trainer
     module = LanguageModel(settings, resolve(settings))
     windows = TrainingText(text, data.batch_size, data.seq_len, settings.seed, data.held_out_every)
@@ -129,6 +136,7 @@ def train(settings: TrainConfig, device: str, text: bytes, tracker: Tracker, beg
     )
     start = time.monotonic()
     trainer.fit(module, TrainingBatches(windows, module), ValidationBatches(windows, module))
+    enter("save")
     return Trained(module, curves, time.monotonic() - start, resumptions.pieces)
 
 
@@ -185,4 +193,5 @@ def _report(
         settings=digest(settings),
         chosen=settings.chosen,
         wandb=tracked,
+        hosts=host_ranks(hosts()),
     )

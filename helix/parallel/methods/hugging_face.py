@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-import socket
 import tempfile
 from collections import ChainMap, Counter
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from helix.comm.hosts import own_host
 from helix.models.experts import load_deepspeed
 from helix.parallel.methods.library import LibraryTensorParallel
 from helix.parallel.methods.method import Job, Layout
@@ -78,7 +78,7 @@ class HuggingFace(LibraryTensorParallel):
     @contextmanager
     def saved(self) -> Iterator[str]:
         """The folder with the weights, written by one rank of each host, as long as any rank is in the body."""
-        own = socket.gethostname()
+        own = own_host()
         folders: list[Any] = [None] * dist.get_world_size()
         with ExitStack() as stack:
             if int(os.environ["LOCAL_RANK"]) == 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
@@ -17,6 +18,7 @@ from helix.comm.observe import observe
 from helix.models.plain import PlainTransformer
 from helix.models.reference import Reference
 from helix.models.transformer import Transformer
+from helix.partition.between_hosts import Pairs
 from helix.partition.grid import Grid
 from helix.partition.options import AttentionOptions
 from helix.partition.shape import TransformerShape
@@ -146,6 +148,15 @@ class Method(ABC):
 
         Args:
             routes: for each layer with experts, the experts of each token, [B * T, top_k].
+        """
+        return None
+
+    def predicted_between(self, routes: list[Tensor], hosts: Sequence[int]) -> dict[str, Pairs] | None:
+        """Closed form of what all ranks send to other hosts in one step, by "collective/axis"; None if there is none.
+
+        Args:
+            routes: as `predicted`'s.
+            hosts: of each rank.
         """
         return None
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 
 from torch import Tensor
 
 from helix.comm.mesh import Mesh
 from helix.models.transformer import Transformer
 from helix.parallel.methods.method import Job, Layout, Method
+from helix.partition.between_hosts import Pairs, between_hosts
 from helix.partition.rivals import check_replicas
 from helix.partition.transformer_cost import TransformerCost
 
@@ -51,6 +53,15 @@ class Partitioned(Method):
         mesh = self.model.mesh
         own = [each.chunk(self.layout.data)[mesh.data.rank] for each in routes]
         return self.cost.bytes(mesh.model.rank, self.capacities(own, self.layout.grid.ranks, mesh.model.rank))
+
+    def predicted_between(self, routes: list[Tensor], hosts: Sequence[int]) -> dict[str, Pairs]:
+        ranks, out = self.layout.grid.ranks, defaultdict[str, Pairs](Counter)
+        for replica in range(self.layout.data):
+            own = [each.chunk(self.layout.data)[replica] for each in routes]
+            capacities = [self.capacities(own, ranks, rank) for rank in range(ranks)]
+            for key, pairs in between_hosts(self.cost, hosts[replica * ranks :][:ranks], capacities).items():
+                out[key] += pairs
+        return dict(out)
 
     def predicted_weight_bytes(self) -> int:
         return self.cost.weight_bytes(self.model.mesh.model.rank)
