@@ -16,7 +16,7 @@ from helix.certify import command as verify_command
 from helix.checkpoint import command as checkpoint_command
 from helix.checkpoint.content import CheckpointError
 from helix.claims import command as claims_command
-from helix.command.sentences import complain
+from helix.command.sentences import complain, told
 from helix.config.schema import ConfigError
 from helix.config.secrets import refuse_secrets
 from helix.partition.grid import PartitionError
@@ -60,6 +60,8 @@ def main(argv: list[str] | None = None) -> None:
         command.run(options)
     except (PartitionError, ConfigError, CheckpointError) as error:
         _stop(str(error), code=2)
+    except OSError as error:
+        _stop(told(error), code=2)
     except KeyboardInterrupt:
         _stop("interrupted", code=130)
     except RuntimeError as error:

@@ -6,15 +6,13 @@ import os
 import re
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, cast
-
-from omegaconf import OmegaConf
+from typing import Any
 
 from helix.calibration.points import MARK
 from helix.calibration.results import Calibration
-from helix.config.check import check_values
 from helix.config.hardware import HardwareConfig
 from helix.config.schema import ConfigError
+from helix.planner.catalogue import parsed
 from helix.study.report import write_whole
 from helix.study.statistics import Typical
 
@@ -65,10 +63,7 @@ def read(text: str) -> HardwareConfig:
     Raises:
         ConfigError: if a value is illegal.
     """
-    content = OmegaConf.merge(OmegaConf.structured(HardwareConfig), OmegaConf.create(text))
-    hardware = cast(HardwareConfig, OmegaConf.to_object(content))
-    check_values(hardware, "hardware.")
-    return hardware
+    return parsed(text, "the calibration")
 
 
 def render(found: Calibration, header: str) -> str:

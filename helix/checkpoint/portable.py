@@ -106,7 +106,7 @@ def _models(file: Path) -> dict[str, dict[str, Any]]:
     try:
         models: dict[str, dict[str, Any]] = json.loads(said)
         trained(About(models=models))
-    except (CheckpointError, ValueError, AttributeError) as error:
+    except (CheckpointError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{file} is not a whole safetensors file: its metadata make no sense ({error})"
         ) from None

@@ -52,10 +52,13 @@ def _missing(ledger: Ledger, claim: Claim, evidence: Evidence) -> str:
 
 @lru_cache(maxsize=256)
 def tests_of(path: Path) -> frozenset[str]:
-    """Names of the test functions that a file defines; none if it is not there."""
+    """Names of the test functions that a file defines; none if it is not there, or is no Python."""
     if not path.is_file():
         return frozenset()
-    parsed = ast.parse(path.read_text())
+    try:
+        parsed = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # the last is the parser's, of deep nesting
+        return frozenset()
     return frozenset(
         each.name for each in parsed.body if isinstance(each, ast.FunctionDef) and each.name[:5] == "test_"
     )

@@ -78,7 +78,7 @@ def look_up(content: Any, path: str) -> Any:
             raise ConfigError(f"path {path} cannot be read at '{path[at:]}'")
         try:
             value = _take(value, step)
-        except (KeyError, IndexError, TypeError, ValueError) as error:
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
             raise ConfigError(f"path {path}: there is nothing at '{step.group().lstrip('.')}'") from error
         at = step.end()
     return value
@@ -117,15 +117,16 @@ def load(path: Path) -> Any:
         if path.suffix == ".csv":
             with path.open(newline="") as lines:
                 return [{key: _plain(text) for key, text in row.items()} for row in csv.DictReader(lines)]
-    except ValueError as error:
+    except (ValueError, csv.Error, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
     raise ConfigError(f"{path} is neither .json nor .csv")
 
 
-def _plain(text: str | None) -> float | str | None:
+def _plain(text: Any) -> Any:
+    """A cell's number, or its text; what a row has beyond its names is a list."""
     try:
         return float(text) if text else None
-    except ValueError:
+    except (ValueError, TypeError):
         return text
 
 
@@ -150,4 +151,7 @@ def _found(ledger: Ledger, claim: Claim, ours: Ours) -> Found:
 def _number(value: Any, path: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ConfigError(f"path {path} is {value!r}, which is no number")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise ConfigError(f"path {path} is a number of {len(str(value))} digits, too large to show") from None

@@ -37,5 +37,7 @@ def load(path: Path) -> Any:
     """
     try:
         return yaml.load(path.read_text(), _Strict)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except RecursionError:
+        raise ConfigError(f"{path} is no YAML that can be read: it is nested too deeply") from None
+    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError) as error:  # !!int x, !!bool x, a date
         raise ConfigError(f"{path} is no YAML: {error}") from error

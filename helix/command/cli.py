@@ -10,30 +10,31 @@ Exit codes: 0 done, 1 failed while running, 2 wrong input, 130 interrupted.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-import yaml  # type: ignore[import-untyped]
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
 
-from helix.command.compose import Composed, compose_jobs, prepare
+from helix.command.compose import UNREADABLE, Composed, compose_jobs, prepare
 from helix.command.explain import FORM, explain
 from helix.command.job import Agree, Check, Collect, Command, Task, check_agreed, hand_to_hydra, settle, stop, tell
 from helix.command.multirun import run_sweep
 from helix.command.prompt import quote_prompts
+from helix.command.sentences import told
 from helix.config import environment
 from helix.config.check import check as check_infer
 from helix.config.schema import ConfigError, InferConfig, PartitionError
 
-# What composing can raise. Configs are data, so none of these is a fault of the program; ValueError and OSError
-# are Hydra's own for an override that is no text and for a file that it cannot read.
-REFUSALS = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, OSError)
+# What composing can raise. Configs are data, so none of these is a fault of the program; ValueError, TypeError,
+# RecursionError and OSError are Hydra's own for an override that is no text and for a file that it cannot read.
+REFUSALS = (HydraException, *UNREADABLE, OSError)
+_COMPLETION = r"(install|uninstall|query)=(bash|zsh|fish)"
 
 
 def command(
@@ -54,6 +55,8 @@ def command(
         def main() -> None:
             try:
                 _main(Command(name, conf, task, collect, agree, schema, check))
+            except OSError as error:
+                stop(told(error), code=2)
             except KeyboardInterrupt:
                 stop("interrupted", code=130)
 
@@ -69,11 +72,19 @@ def _main(this: Command) -> None:
     prepare(args.overrides, this.name, this.schema)
     composed = Composed(None) if _is_about_hydra(args) else _compose(this, args)
     if not _runs(args):
-        hand_to_hydra(this, lambda cfg: None)
+        _show(this, args)
     elif composed.sweep is not None:
         run_sweep(this, composed, composed.sweep)
     else:
         _run(this, *(composed.jobs or ()))
+
+
+def _show(this: Command, args: argparse.Namespace) -> None:
+    """What Hydra shows in place of a run."""
+    try:
+        hand_to_hydra(this, lambda cfg: None)
+    except REFUSALS as error:  # of Hydra's own help, which knows no key of the command's
+        stop(explain(error, this.schema, this.conf, args.overrides), code=2)
 
 
 def _run(this: Command, cfg: DictConfig) -> None:
@@ -102,6 +113,12 @@ def _arguments() -> argparse.Namespace:
     given = [f"--{flag.replace('_', '-')}" for flag in flags if getattr(args, flag)]
     if len(given) > 1:
         stop(f"{' and '.join(given)} cannot be given together; choose one", code=2)
+    if args.config_name == "":
+        stop("--config-name takes a config's name, without .yaml; the command's own is used without it", code=2)
+    if args.experimental_rerun is not None:
+        stop("--experimental-rerun runs what is in a pickle; give the words of that job's .hydra/overrides.yaml", 2)
+    if args.shell_completion and not any(re.fullmatch(_COMPLETION, word) for word in args.overrides):
+        stop("--shell-completion takes one of: install=bash, uninstall=bash, query=bash (or zsh, fish)", code=2)
     if args.resolve and not (args.cfg or args.help):
         stop("--resolve belongs to --cfg or --help; add --cfg job", code=2)
     return args
@@ -109,7 +126,7 @@ def _arguments() -> argparse.Namespace:
 
 def _is_about_hydra(args: argparse.Namespace) -> bool:
     """Whether the command is not about a composed job at all."""
-    return bool(args.hydra_help or args.shell_completion or args.experimental_rerun)
+    return bool(args.hydra_help or args.shell_completion)
 
 
 def _runs(args: argparse.Namespace) -> bool:

@@ -27,6 +27,8 @@ from helix.config.methods import to_name
 from helix.config.parallel import AUTO
 from helix.config.schema import ConfigError, InferConfig, ParallelConfig, PartitionError, Settings, register
 
+# What reading a stranger's YAML can raise.
+UNREADABLE = (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError, RecursionError)
 VERSION_BASE = "1.3"  # of Hydra's defaults; among them, that a job does not change the working directory
 
 
@@ -127,14 +129,14 @@ def found_jobs(folder: Path, schema: type) -> list[SweepJob]:
     for config in folder.rglob(".hydra/config.yaml"):
         try:
             settings = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.load(config))
-            number = OmegaConf.load(config.with_name("hydra.yaml")).hydra.job.num
+            number = int(OmegaConf.load(config.with_name("hydra.yaml")).hydra.job.num)
             overrides = tuple(OmegaConf.load(config.with_name("overrides.yaml")))
             one = cast(Settings, OmegaConf.to_object(settings))
             one = choose(one)
-        except (OmegaConfBaseException, yaml.YAMLError, OSError, AttributeError):  # killed while Hydra wrote it
-            continue
         except (ConfigError, PartitionError):  # nothing was found to choose
             pass
+        except (*UNREADABLE, OSError, AttributeError):  # killed while Hydra wrote it, or no job's
+            continue
         jobs.append(SweepJob(number, overrides, one, config.parent.parent))
     return sorted(jobs, key=lambda job: job.number)
 
@@ -165,8 +167,11 @@ def check_folder(cfg: DictConfig, key: str) -> None:
     """
     folder = Path(str(OmegaConf.select(cfg, key))).absolute()
     above = folder
-    while not above.exists():
-        above = above.parent
+    try:
+        while not above.exists():
+            above = above.parent
+    except OSError as error:  # a name that is too long
+        raise ConfigError(f"{key}={folder} cannot be made: {error.strerror}; give another folder") from None
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         raise ConfigError(f"{key}={folder} cannot be made: {above} is not a folder that this user can write to")
 

@@ -38,6 +38,8 @@ def explain(error: Exception, schema: type, conf: Path, overrides: list[str]) ->
         conf: folder of its configs.
         overrides: the command line's.
     """
+    if isinstance(error, RecursionError):
+        return "a config of the command line is nested too deeply, or leads to itself; write it flat"
     if said := next((each for each in _chain(error) if isinstance(each, (ConfigError, PartitionError))), None):
         return str(said)  # of a resolver
     for cause in _chain(error):
@@ -190,7 +192,7 @@ def _by_text(error: Exception, schema: type, conf: Path, overrides: list[str]) -
         key = override.partition("=")[0].lstrip("+~")
         if not key:
             return f"cannot read {override!r}; {FORM}"
-        if isinstance(error, ValueError) and (options := group_options(conf, key)):
+        if isinstance(error, ValueError | TypeError) and (options := group_options(conf, key)):
             return f"{override} names no option; choose one of: {_assignments(key, options)}"
     return _first_line(error)
 

@@ -92,7 +92,10 @@ def objective(folder: Path, settings: Settings) -> float:
     value: Any = report_of(folder, settings)
     for key in settings.OBJECTIVE:
         value = value.get(key) if isinstance(value, dict) else None
-    return float("nan") if value is None else float(value)
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):  # there is none, or it is no number
+        return float("nan")
 
 
 def outcome(job: SweepJob) -> Outcome:
@@ -221,6 +224,6 @@ def _read(path: Path) -> dict[str, Any] | None:
     """A JSON object, or None for a file that is not there, or is something else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return content if isinstance(content, dict) else None

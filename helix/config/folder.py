@@ -96,7 +96,7 @@ def _config(folder: Path) -> dict[str, Any]:
         raise ConfigError(f"model.path={folder} has no {CONFIG}; {_WANTED}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path} holds no configuration; {_WANTED}")

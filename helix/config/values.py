@@ -47,7 +47,7 @@ def _check_curve(node: Any, prefix: str) -> None:
     places = ""
     for name, role in roles.items():
         key, value = prefix + name, getattr(node, name)
-        if not all(each > 0 for each in value):
+        if not all(isinstance(each, int | float) and each > 0 for each in value):
             raise ConfigError(f"{key} must be above 0 everywhere, not {value}")
         if role == "places":
             places = name

@@ -80,5 +80,5 @@ def _has_template(folder: Path) -> bool:
         return True
     try:
         return "chat_template" in json.loads((folder / "tokenizer_config.json").read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return False

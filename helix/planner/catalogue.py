@@ -53,33 +53,53 @@ def read(path: Path) -> HardwareConfig:
     Raises:
         ConfigError: if it is not as it should be.
     """
-    content, hints = _content(path), get_type_hints(HardwareConfig)
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise ConfigError(f"{path} is no legal YAML: it is not UTF-8") from error
+    return parsed(text, str(path))
+
+
+def parsed(text: str, path: str) -> HardwareConfig:
+    """What a hardware file's text says.
+
+    Raises:
+        ConfigError: if it is not as it should be; `path` names it.
+    """
+    content, hints = _content(text, path), get_type_hints(HardwareConfig)
     for key, value in content.items():
         if key not in hints:
             raise ConfigError(f"{path} is no hardware file: no such has a key {key}{suggest(str(key), list(hints))}")
         try:
             OmegaConf.merge(OmegaConf.structured(HardwareConfig), {key: value})
-        except (OmegaConfBaseException, ValueError) as error:
+        except (OmegaConfBaseException, ValueError, TypeError, RecursionError) as error:
             legal = kinds(hints[key])
-            wrong = f"takes {legal}, not {value}" if legal else "is not as python -m helix calibrate writes it"
+            wrong = f"takes {legal}, not {_short(value)}" if legal else "is not as python -m helix calibrate writes it"
             raise ConfigError(f"{path} is no hardware file: {key} {wrong}") from error
-    merged = OmegaConf.merge(OmegaConf.structured(HardwareConfig), content)
     try:
+        merged = OmegaConf.merge(OmegaConf.structured(HardwareConfig), content)
         if missing := sorted(OmegaConf.missing_keys(merged)):
             raise ConfigError(f"{path} is no hardware file: {missing[0]} is not given")
         found = cast(HardwareConfig, OmegaConf.to_object(merged))
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, ValueError, TypeError, RecursionError) as error:
         raise ConfigError(f"{path} is no hardware file: ${{..}} in it leads nowhere") from error
     check_values(found, "hardware.")
     return found
 
 
-def _content(path: Path) -> dict[Any, Any]:
+def _short(value: object) -> str:
+    """A value as a sentence can hold it: a few aliases of YAML write a list of any length."""
+    return str(value) if isinstance(value, str | int | float | None) else f"a {type(value).__name__}"
+
+
+def _content(text: str, path: str) -> dict[Any, Any]:
     try:
-        content = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read ({error.strerror})") from error
-    except (yaml.YAMLError, ValueError) as error:
+        content = yaml.safe_load(text)
+    except RecursionError as error:
+        raise ConfigError(f"{path} is no legal YAML: it is nested too deeply") from error
+    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError) as error:  # !!int x, !!bool x, a date
         mark = getattr(error, "problem_mark", None)
         raise ConfigError(f"{path} is no legal YAML{f' at line {mark.line + 1}' if mark else ''}") from error
     if not isinstance(content, dict):
