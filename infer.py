@@ -31,10 +31,11 @@ def agree(words: list[str]) -> list[str]:
 @command("infer", conf=Path(__file__).resolve().parent / "conf", collect=collect, agree=agree, check=check)
 def main(settings: InferConfig, run_dir: Path) -> None:
     """Run what was configured; torch is imported from here on, when nothing is wrong any more."""
+    from helix.comm.checking import Disagreement
     from helix.generation.errors import CannotRun, Diverged
     from helix.study.failing import ending
 
-    with ending(run_dir, Diverged, CannotRun):
+    with ending(run_dir, Disagreement, Diverged, CannotRun):
         if settings.dry_run:
             from helix.dryrun.run import run as trace
 

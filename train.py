@@ -34,10 +34,11 @@ CONF = Path(__file__).resolve().parent / "conf"
 @command("train", conf=CONF, collect=collect, agree=agree, schema=TrainConfig, check=check_resumed_training)
 def main(settings: TrainConfig, run_dir: Path) -> None:
     """Train what was configured; torch is imported from here on, when nothing is wrong any more."""
+    from helix.comm.checking import Disagreement
     from helix.study.failing import ending
     from helix.training.run import run
 
-    with ending(run_dir):
+    with ending(run_dir, Disagreement):
         run(settings, run_dir=run_dir)
 
 

@@ -21,7 +21,7 @@ from helix.config.schema import ConfigError
 from helix.config.secrets import refuse_secrets
 from helix.partition.grid import PartitionError
 from helix.pretrained import gguf_command
-from helix.study import bench_command, plan_command
+from helix.study import bench_command, flight_command, plan_command
 
 
 class _Command(Protocol):
@@ -41,6 +41,7 @@ _COMMANDS: dict[str, tuple[_Command, str]] = {
     "checkpoint": (checkpoint_command, "whole weights to and from one safetensors file"),
     "plan": (plan_command, "choose a layout for a machine, with its cost and why"),
     "claims": (claims_command, "what holds of the papers: every claim, its verdict and what shows it"),
+    "flight": (flight_command, "compare the flight records of a run that failed: where its ranks part"),
     "gguf": (gguf_command, "make a GGUF file a Hugging Face folder, which model.path= takes"),
 }
 

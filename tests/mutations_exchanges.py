@@ -58,8 +58,8 @@ def _twice(real: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _uncounted(real: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def wrong(key: str, nbytes: int, device: Any, group: Any, run: Callable[[], Tensor]) -> Tensor:
-        return run() if key == "all_to_all/attention.out" else real(key, nbytes, device, group, run)
+    def wrong(key: str, nbytes: int, x: Tensor, axis: Any, run: Callable[[], Tensor], rows: Any = None) -> Tensor:
+        return run() if key == "all_to_all/attention.out" else real(key, nbytes, x, axis, run, rows)
 
     return wrong
 

@@ -6,7 +6,7 @@ import importlib.util
 import platform
 import socket
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any
 
@@ -16,6 +16,9 @@ import torch.distributed as dist
 from helix.certify.answers import Answers
 from helix.certify.cases import PRECISIONS, Case, Subject, cases_of, legal, subject_of
 from helix.certify.certificate import Certificate, Found, Row
+from helix.comm.agreement import agree_on
+from helix.comm.checking import Disagreement
+from helix.comm.debug import checked
 from helix.comm.launch import launch
 from helix.comm.mesh import Mesh
 from helix.comm.process_group import own_device
@@ -28,7 +31,8 @@ from helix.planner import catalogue
 from helix.study.progress import progress_bar
 from helix.study.provenance import command, git_commit, machine, now, versions
 
-TIMEOUT_S = 120.0  # of a collective that waits for a rank which is not coming
+TIMEOUT_S = 120.0  # of a collective that waits for a rank which is not coming, where debug mode does not see it
+LIMIT_S = 20.0  # of a rank that comes to no collective of a case: many on few cores compute at different speeds
 _NO_TRANSFORMERS = "decoding, whose cache is a Hugging Face model's: the package transformers is not installed"
 
 
@@ -126,11 +130,15 @@ def run(plan: Plan, device: str) -> Certificate:
     """The certificate, from ranks that are forked, or those that torchrun or SLURM started."""
     _load(plan, device)
 
+    asked = {"plan": asdict(plan)} | {"device": device}
+
     def on_rank() -> Certificate | None:
+        agree_on(asked)
         found = certify(plan, Mesh(plan.subject.grid, device_type=device))
         return found if dist.get_rank() == 0 else None
 
-    certificate = launch(on_rank, ranks=plan.subject.grid.ranks, device=device, timeout_s=TIMEOUT_S)[0]
+    grid = plan.subject.grid
+    certificate = launch(on_rank, ranks=grid.ranks, device=device, timeout_s=TIMEOUT_S, slices=grid.m)[0]
     assert certificate is not None
     return certificate
 
@@ -143,11 +151,15 @@ def certify(plan: Plan, mesh: Mesh) -> Certificate:
     with progress:
         task = progress.add_task("verify", total=len(plan.cases))
         check = _Checks(plan, mesh, device)
-        for case in plan.cases:
-            progress.update(task, description=case.name)
-            progress.refresh()
-            mine.append(check.check(case))
-            progress.advance(task)
+        with checked(LIMIT_S):
+            for case in plan.cases:
+                progress.update(task, description=case.name)
+                progress.refresh()
+                try:
+                    mine.append(check.check(case))
+                except Disagreement as error:
+                    raise Disagreement(f"{case.name}: {error}") from None
+                progress.advance(task)
     about = _about() | {"made_at": now()} if dist.get_rank() == 0 else {}
     ours = (mine, socket.gethostname(), _name(device), about)
     everyone: list[Any] = [None] * dist.get_world_size()

@@ -1,11 +1,12 @@
-"""Counting the collectives of other libraries, for the listeners of `helix.comm.record`.
+"""Counting the collectives of other libraries, for the listeners of `helix.comm.record`, and noting them.
 
     with record() as log, observe({mesh.get_group("tp").group_name: "tp"}):
         dtensor_model(x)
     log.bytes["all_gather/tp"]
 
 It sees what passes PyTorch's dispatcher: torch.distributed's own collectives (namespace c10d; DeepSpeed's are
-these too), the functional ones (_c10d_functional; DTensor's) and point-to-point transfers (pipelining's).
+these too), the functional ones (_c10d_functional; DTensor's) and point-to-point transfers (pipelining's). In debug
+mode each is checked as Helix's own are (`helix.comm.checking`), but for transfers, whose order is the library's own.
 Collectives are waited for where they are started, so that each one's span is its own; a library that overlaps
 them with its computing loses that while it is observed. Point-to-point transfers are not: a send can wait for a
 receive that the other rank posts only after its own send. Theirs end where the library itself waits.
@@ -24,6 +25,8 @@ from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from helix.comm import checking
+from helix.comm.foreign import meet
 from helix.comm.record import Call, being_told, listening, telling
 from helix.partition import wire
 
@@ -44,6 +47,10 @@ _COLLECTIVES: dict[str, dict[str, str]] = {
         "broadcast_": "broadcast",
         "send": "send",
         "recv_": "recv",
+        "reduce_": "reduce",
+        "gather_": "gather",
+        "scatter_": "scatter",
+        "barrier": "barrier",
     },
     "_c10d_functional": {
         "all_reduce": "all_reduce",
@@ -62,11 +69,12 @@ _COLLECTIVES: dict[str, dict[str, str]] = {
     },
 }
 _COLLECTIVES["_c10d_functional_autograd"] = _COLLECTIVES["_c10d_functional"]
+_UNCOUNTED = ("reduce", "gather", "scatter", "barrier")  # which debug mode checks all the same
 _SENT_ARGUMENTS = ("input", "inputs", "input_tensor", "input_tensors", "input_list", "tensor", "tensors")
 
 
 @contextmanager
-def observe(names: Mapping[str, str]) -> Iterator[None]:
+def observe(names: Mapping[str, str], tells: bool = True) -> Iterator[None]:
     """Tell the listeners of every collective that other libraries start in the body, on this thread.
 
     Each is told as "collective/axis", where collective is all_reduce, all_gather, reduce_scatter, all_to_all,
@@ -77,16 +85,17 @@ def observe(names: Mapping[str, str]) -> Iterator[None]:
     Args:
         names: the axis by `group.group_name`, for one collective of a group by "collective/group_name", or by
             `group.group_desc`; a group without a name here goes by its own description.
+        tells: whether the listeners are told; else collectives are only checked, in debug mode.
     """
-    mode = _Observer(names)
+    mode = _Observer(names, tells)
     with _waits_seen_by(mode), mode:
         yield
 
 
 class _Observer(TorchDispatchMode):
-    def __init__(self, names: Mapping[str, str]) -> None:
+    def __init__(self, names: Mapping[str, str], tells: bool = True) -> None:
         super().__init__()
-        self._names = names
+        self._names, self._tells = names, tells
         # Transfers under way. NCCL hands out one Work for a whole batch of them, which then have none of their own.
         self._transfers: dict[dist.Work, Call] = {}
         self._batch: list[Call] = []
@@ -97,19 +106,23 @@ class _Observer(TorchDispatchMode):
         kwargs = kwargs or {}
         space, _, operator = func.name().partition("::")
         collective = _COLLECTIVES.get(space, {}).get(operator.partition(".")[0])
-        if collective is None or types or not listening() or being_told():
+        checks, tells = checking.active(), self._tells and listening() and collective not in _UNCOUNTED
+        if collective is None or types or being_told() or not (tells or checks):
             return func(*args, **kwargs)
         arguments = {field.name: value for field, value in zip(func._schema.arguments, args, strict=False)} | kwargs
         group = _group(arguments)
         if group.size() == 1:
             return func(*args, **kwargs)
+        axis, transfer = self._axis(collective, group), collective in ("send", "recv")
+        if not transfer:
+            meet(collective, axis, group, arguments)
+        if not tells:
+            return func(*args, **kwargs)
         sent = _sent(arguments)
-        key = f"{collective}/{self._axis(collective, group)}"
-        with telling(
-            key, _BYTES[collective](sent, group, arguments), _ranks(arguments, group), sent[0].device
-        ) as call:
+        nbytes, ranks = _BYTES[collective](sent, group, arguments), _ranks(arguments, group)
+        with telling(f"{collective}/{axis}", nbytes, ranks, sent[0].device) as call:
             out = func(*args, **kwargs)
-            if collective in ("send", "recv"):
+            if transfer:
                 self._remember(call, out)
             else:
                 _wait(out)

@@ -1,4 +1,4 @@
-"""Transfers between neighbours of one mesh axis, without gradients; counted."""
+"""Transfers between neighbours of one mesh axis, without gradients; counted, and checked in debug mode."""
 
 from __future__ import annotations
 
@@ -8,51 +8,56 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from helix.comm import checking, flight
+from helix.comm.flight import Entry
 from helix.comm.mesh import Axis
-from helix.comm.record import Call, counted, listening, telling
+from helix.comm.record import Call, phase, telling
 
 
 class Sending:
     """A tensor on its way; it is kept until it has arrived."""
 
-    def __init__(self, x: Tensor, work: dist.Work, call: Call | None) -> None:
-        self._x, self._work, self._call = x, work, call
+    def __init__(self, x: Tensor, work: dist.Work, call: Call, entry: Entry) -> None:
+        self._x, self._work, self._call, self._entry = x, work, call, entry
 
     def wait(self) -> None:
-        if self._call is not None:
-            self._call.block()
+        if (checks := checking.active()) is not None:
+            checks.arrive(self._entry)
+        self._call.block()
         self._work.wait()
-        if self._call is not None:
-            self._call.finish()
+        self._call.finish()
+        self._entry.end()
 
 
 def send(x: Tensor, axis: Axis, to: int, name: str) -> Sending:
     """x -> rank `to` of the axis, which calls `receive`; in the background."""
-    x = x.contiguous()
-    assert axis.group is not None
-    if not listening():
-        return Sending(x, _isend(x, axis.group, to), None)
-    ranks = dist.get_process_group_ranks(axis.group)
-    with telling(f"send/{name}", x.nbytes, (dist.get_rank(), ranks[to]), x.device) as call:
-        return Sending(x, _isend(x, axis.group, to), call)
+    x, group = x.contiguous(), _group(axis)
+    ranks = dist.get_rank(), dist.get_process_group_ranks(group)[to]
+    entry = flight.come_to_transfer(f"send/{name}", axis.name, *ranks, x.nbytes, x.shape, x.dtype)
+    if (checks := checking.active()) is not None:
+        checks.send(entry)
+    with telling(entry.key, x.nbytes, ranks, x.device) as call:
+        work = dist.isend(x, group=group, group_dst=to)
+    assert work is not None
+    return Sending(x, work, call, entry)
 
 
 def receive(shape: Sequence[int], dtype: torch.dtype, device: torch.device, axis: Axis, of: int, name: str) -> Tensor:
     """What rank `of` of the axis sends, in the order in which it sends."""
-    x = torch.empty(*shape, dtype=dtype, device=device)
-    group = axis.group
-    assert group is not None
-
-    def run() -> Tensor:
+    x, group = torch.empty(*shape, dtype=dtype, device=device), _group(axis)
+    ranks = dist.get_process_group_ranks(group)
+    entry = flight.come_to_transfer(f"recv/{name}", axis.name, ranks[of], dist.get_rank(), 0, x.shape, dtype)
+    if (checks := checking.active()) is not None:
+        checks.receive(entry)
+    with telling(entry.key, 0, ranks, device) as call, phase(entry.key):
         work = dist.irecv(x, group=group, group_src=of)
         assert work is not None
         work.wait()
-        return x
+        call.finish()
+    entry.end()
+    return x
 
-    return counted(f"recv/{name}", 0, device, group, run)
 
-
-def _isend(x: Tensor, group: dist.ProcessGroup, to: int) -> dist.Work:
-    work = dist.isend(x, group=group, group_dst=to)
-    assert work is not None
-    return work
+def _group(axis: Axis) -> dist.ProcessGroup:
+    assert axis.group is not None
+    return axis.group

@@ -4,7 +4,8 @@
         model(x)
     log.bytes["all_to_all/attention.qkv"], log.seconds["all_to_all/attention.qkv"], log.spans
 
-Nobody listening and no profiler running costs three truth tests per collective and two per phase.
+Nobody listening and no profiler running costs an entry of the flight record (`helix.comm.flight`) per collective, and
+two truth tests per phase.
 """
 
 from __future__ import annotations
@@ -16,8 +17,11 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch.autograd import profiler
+
+from helix.comm import checking, flight
+from helix.comm.checking import Rows
+from helix.comm.mesh import Axis
 
 
 class Span(NamedTuple):
@@ -40,10 +44,16 @@ class Span(NamedTuple):
 
 
 class Call:
-    """One collective of this rank, from the moment that the rank comes to it."""
+    """One collective of this rank, from the moment that the rank comes to it.
 
-    def __init__(self, key: str, ranks: tuple[int, ...], device: torch.device) -> None:
-        self.key, self.ranks = key, ranks
+    Attributes:
+        rows: that each of the ranks is sent of what leaves this one; None if all get equally many.
+    """
+
+    def __init__(
+        self, key: str, ranks: tuple[int, ...], device: torch.device, rows: Sequence[int] | None = None
+    ) -> None:
+        self.key, self.ranks, self.rows = key, ranks, rows
         self._cuda = device.type == "cuda"
         self.start = self.blocked = self.end = self._now()
 
@@ -161,13 +171,15 @@ def being_told() -> bool:
 
 
 @contextmanager
-def telling(key: str, nbytes: int, ranks: Sequence[int], device: torch.device) -> Iterator[Call]:
+def telling(
+    key: str, nbytes: int, ranks: Sequence[int], device: torch.device, rows: Sequence[int] | None = None
+) -> Iterator[Call]:
     """Tell the listeners of the collective that the body starts.
 
     The body may call `finish` itself, when it has waited for the collective, or leave that for later.
     """
     global _telling
-    call = Call(key, tuple(ranks), device)
+    call = Call(key, tuple(ranks), device, rows)
     for log in _listeners:
         log.add(call, nbytes)
     outer, _telling = _telling, True
@@ -178,16 +190,29 @@ def telling(key: str, nbytes: int, ranks: Sequence[int], device: torch.device) -
 
 
 def counted(
-    key: str, nbytes: int, device: torch.device, group: dist.ProcessGroup | None, run: Callable[[], torch.Tensor]
+    key: str, nbytes: int, x: torch.Tensor, axis: Axis, run: Callable[[], torch.Tensor], rows: Rows | None = None
 ) -> torch.Tensor:
-    """Run one collective of `group`; tell the listeners and the profiler, if there are any."""
-    if not _listeners:
+    """Run one collective of the axis on x, for the flight record, the listeners and the profiler, if there are any.
+
+    Args:
+        rows: of dim 0, sent to and received from each rank, where those may differ.
+
+    Raises:
+        Disagreement: in debug mode, before it runs, if a rank does not come, or with another one.
+    """
+    entry = flight.come(key, axis.name, axis.group, nbytes, x.shape, x.dtype)
+    checks = checking.active()
+    if checks is None and not _listeners:
         with phase(key):
-            return run()
-    ranks = dist.get_process_group_ranks(group)
-    with telling(key, nbytes, ranks, device) as call, phase(key):
-        out = run()
-        call.finish()
+            out = run()
+    else:
+        if checks is not None:
+            checks.meet(entry, rows)
+        sent = None if rows is None else rows[0]
+        with telling(key, nbytes, entry.course.ranks, x.device, sent) as call, phase(key):
+            out = run()
+            call.finish()
+    entry.end()
     return out
 
 

@@ -32,20 +32,20 @@ def all_gather(shard: Tensor, axis: Axis, name: str) -> Tensor:
     """shard[X@axis, ..] -> [X, ..]. Every rank's shard has the same size."""
     shard = shard.contiguous()
     nbytes = wire.all_gather(shard.numel(), axis.size, shard.element_size())
-    return counted(f"all_gather/{name}", nbytes, shard.device, axis.group, lambda: _all_gather(shard, axis))
+    return counted(f"all_gather/{name}", nbytes, shard, axis, lambda: _all_gather(shard, axis))
 
 
 def reduce_scatter(whole: Tensor, axis: Axis, name: str) -> Tensor:
     """whole[X, ..]{unreduced: axis} -> [X@axis, ..]. The axis' size divides dim 0."""
     whole = whole.contiguous()
     nbytes = wire.reduce_scatter(whole.numel(), axis.size, whole.element_size())
-    return counted(f"reduce_scatter/{name}", nbytes, whole.device, axis.group, lambda: _reduce_scatter(whole, axis))
+    return counted(f"reduce_scatter/{name}", nbytes, whole, axis, lambda: _reduce_scatter(whole, axis))
 
 
 def all_reduce(partial: Tensor, axis: Axis, name: str) -> Tensor:
     """partial{unreduced: axis} -> the sum, a new tensor, equal on every rank to the last bit."""
     nbytes = wire.all_reduce(partial.numel(), axis.size, partial.element_size())
-    return counted(f"all_reduce/{name}", nbytes, partial.device, axis.group, lambda: _all_reduce(partial, axis))
+    return counted(f"all_reduce/{name}", nbytes, partial, axis, lambda: _all_reduce(partial, axis))
 
 
 def all_to_all(x: Tensor, axis: Axis, send: list[int], receive: list[int], name: str) -> Tensor:
@@ -53,7 +53,8 @@ def all_to_all(x: Tensor, axis: Axis, send: list[int], receive: list[int], name:
     x = x.contiguous()
     row = x[0].numel() if x.shape[0] else 0
     nbytes = wire.all_to_all(sum(send) * row, send[axis.rank] * row, x.element_size())
-    return counted(f"all_to_all/{name}", nbytes, x.device, axis.group, lambda: _exchange(x, axis, send, receive))
+    rows = send, receive
+    return counted(f"all_to_all/{name}", nbytes, x, axis, lambda: _exchange(x, axis, *rows), rows)
 
 
 def all_to_all_even(x: Tensor, axis: Axis, name: str) -> Tensor:
@@ -63,7 +64,7 @@ def all_to_all_even(x: Tensor, axis: Axis, name: str) -> Tensor:
     """
     x = x.contiguous()
     nbytes = wire.all_to_all(x.numel(), x.numel() // axis.size, x.element_size())
-    return counted(f"all_to_all/{name}", nbytes, x.device, axis.group, lambda: _even_exchange(x, axis))
+    return counted(f"all_to_all/{name}", nbytes, x, axis, lambda: _even_exchange(x, axis))
 
 
 def _even_exchange(x: Tensor, axis: Axis) -> Tensor:
