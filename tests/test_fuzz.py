@@ -29,6 +29,7 @@ FOUND = [
     case("run-folder-long", f"hydra.run.dir={LONG}", "hydra.run.dir", "File name too long"),
     case("text-long", f"workload.text={LONG}", "is too long for a file's name"),
     case("option-nested", "workload=[[]]", "names no option", "workload=small"),
+    case("null-merged", "hydra.sweeper.params={seed:1}", "hydra.sweeper.params is null", "+hydra.sweeper"),
     case("curve-of-texts", "hardware.products.low=[[]]", "hardware.products.low"),
     case("slurm-hosts", "", "SLURM_NNODES", env={"SLURM_PROCID": "0", "SLURM_NTASKS": "5", "SLURM_NNODES": "x"}),
     case("yaml-deep", "--config-dir x model=mine", "nested too deeply", files={"x/model/mine.yaml": DEEP}),

@@ -32,7 +32,8 @@ from helix.config.check import check as check_infer
 from helix.config.schema import ConfigError, InferConfig, PartitionError
 
 # What composing can raise. Configs are data, so none of these is a fault of the program; ValueError, TypeError,
-# RecursionError and OSError are Hydra's own for an override that is no text and for a file that it cannot read.
+# AttributeError, RecursionError and OSError are Hydra's own for an override that is no text, and for a file that it
+# cannot read.
 REFUSALS = (HydraException, *UNREADABLE, OSError)
 _COMPLETION = r"(install|uninstall|query)=(bash|zsh|fish)"
 

@@ -28,7 +28,7 @@ from helix.config.parallel import AUTO
 from helix.config.schema import ConfigError, InferConfig, ParallelConfig, PartitionError, Settings, register
 
 # What reading a stranger's YAML can raise.
-UNREADABLE = (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError, RecursionError)
+UNREADABLE = (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError)
 VERSION_BASE = "1.3"  # of Hydra's defaults; among them, that a job does not change the working directory
 
 
@@ -135,7 +135,7 @@ def found_jobs(folder: Path, schema: type) -> list[SweepJob]:
             one = choose(one)
         except (ConfigError, PartitionError):  # nothing was found to choose
             pass
-        except (*UNREADABLE, OSError, AttributeError):  # killed while Hydra wrote it, or no job's
+        except (*UNREADABLE, OSError):  # killed while Hydra wrote it, or no job's
             continue
         jobs.append(SweepJob(number, overrides, one, config.parent.parent))
     return sorted(jobs, key=lambda job: job.number)

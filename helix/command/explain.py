@@ -178,6 +178,8 @@ def _legal_types(key: str, schema: type) -> str:
 def _by_text(error: Exception, schema: type, conf: Path, overrides: list[str]) -> str:
     """Errors that Hydra tells apart by their text alone."""
     text = str(error)
+    if isinstance(error, AttributeError) and (null := re.search(r"full_key: (\S+)", text)):
+        return f"{null.group(1)} is null, and is given entries one at a time: +{null.group(1)}.NAME=value"
     if several := re.search(r"(?:value for argument|Sweep parameters) '(.*)'", text):
         key = several.group(1).partition("=")[0]
         return f"{several.group(1)} has several values: to run each of them add -m, to mean one write {key}='a,b'"
