@@ -1,0 +1,98 @@
+"""Ranks that disagree are named within seconds: debug mode, the flight record, what a launch agrees on first."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import on_ranks
+
+import helix.comm.debug  # noqa: F401  the ranks share the import
+from helix import Grid, Mesh
+from helix.comm import flight, transport
+from helix.comm.agreement import compare
+from helix.comm.checking import Disagreement
+from helix.comm.debug import checked
+from helix.comm.parting import ranks_in_words
+from helix.comm.records import read, verdict
+from helix.config.environment import debug_limit_s
+from helix.config.schema import ConfigError
+
+
+def _right(folder: Path) -> list[str]:
+    """Sums that are right, a record, and an answer that rank 1 alone waits for."""
+    mesh = Mesh(Grid(2, 1))
+    with checked():
+        for _ in range(3):
+            torch.testing.assert_close(transport.all_reduce(torch.ones(2), mesh.slice, "x"), torch.full((2,), 2.0))
+        dist.all_reduce(torch.ones(1))
+    said = flight.last()
+    if dist.get_rank() == 1:
+        flight.come("all_reduce/late", "slice", mesh.slice.group, 8, (2,), torch.float32)
+    flight.write(folder, "asked")
+    refused = ""
+    try:
+        compare({"precision": "fp32", "seed": "1" if dist.get_rank() else "0"}, 5)
+    except ConfigError as error:
+        refused = str(error)
+    compare({"precision": "fp32"}, 5)
+    return [said, refused]
+
+
+def test_right_ranks_pass_and_what_they_did_is_kept(tmp_path: Path) -> None:
+    (last, first_refused), (_, refused) = on_ranks(2, _right, tmp_path)
+    assert re.fullmatch(r"all_reduce/\S+ \[1\] float32, collective 4 of .* \(ranks 0-1\), left \S+ s ago", last)
+    assert first_refused == refused
+    assert re.fullmatch(
+        r"rank 1 \(host \S+\) was not started as rank 0 \(host \S+\): seed is 1 there, and 0 on rank 0; .*", refused
+    )
+    records = read(tmp_path)
+    assert [entry.number for entry in records[0].entries] == [1, 2, 3, 4]
+    assert verdict(records) == (
+        "rank 1 waited in collective 5 of the slice axis (ranks 0-1), all_reduce/late [2] float32, to which rank 0 "
+        "had not come; rank 0 left " + records[0].entries[-1].place + ", " + records[0].entries[-1].what
+    )
+    (tmp_path / "flight" / "rank-0.json").unlink()
+    assert verdict(read(tmp_path)).endswith("rank 0 left no record")
+
+
+def _one_leaves(folder: Path) -> None:
+    mesh = Mesh(Grid(2, 1))
+    flight.keep_in(folder)
+    if dist.get_rank() == 0:
+        transport.all_reduce(torch.ones(2), mesh.slice, "x")
+
+
+def test_the_environment_asks_for_debug_mode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HELIX_DEBUG", "1")
+    with pytest.raises(Disagreement, match=r"rank 1 has returned .*, and does not come to collective 1 of the slice"):
+        on_ranks(2, _one_leaves, tmp_path)
+    assert "Disagreement" in json.loads((tmp_path / "flight" / "rank-0.json").read_text())["reason"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [("HELIX_DEBUG", "yes", "must be 0 or 1"), ("HELIX_DEBUG_LIMIT_S", "0", "at least 1 second")],
+)
+def test_a_wrong_environment_is_refused(name: str, value: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=said):
+        debug_limit_s()
+
+
+def test_what_is_no_record_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="holds no flight record"):
+        read(tmp_path)
+    (tmp_path / "rank-0.json").write_text("[]")
+    with pytest.raises(ConfigError, match="is no flight record"):
+        read(tmp_path)
+
+
+def test_ranks_in_words() -> None:
+    assert [ranks_in_words(ranks) for ranks in ([3], [2, 0, 1, 5], [0, 2, 4])] == [
+        "rank 3", "ranks 0-2 and 5", "ranks 0, 2 and 4",
+    ]  # fmt: skip
