@@ -44,7 +44,7 @@ def test_a_different_number_of_running_ranks_is_refused(monkeypatch: pytest.Monk
 
 def test_slurm_tasks_are_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     """srun's variables become torchrun's, and the ranks are taken as given."""
-    slurm = {"PROCID": "1", "NTASKS": "4", "LOCALID": "1", "JOB_ID": "7", "NTASKS_PER_NODE": "2"}
+    slurm = {"PROCID": "1", "NTASKS": "4", "LOCALID": "1", "JOB_ID": "7", "NNODES": "2", "GTIDS": "0,1"}
     for key, value in slurm.items():
         monkeypatch.setenv(f"SLURM_{key}", value)
     monkeypatch.setenv("MASTER_ADDR", "node0")
