@@ -12,17 +12,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
-import resource
-import signal
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,54 +30,12 @@ from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from commands import Command
+from commands import _server
+from fault_jobs import FORKED, HOSTS, PHASES, Cell, Forked, befall, caught, environment, on_hosts
 from hosts import Host, hosts, why_not
 from texts import write_folder
 
-from helix.study.wandb_records import read_run
-
-PHASES = ("start", "load", "warm-up", "measurement", "save", "generation", "training", "checkpoint")
-FORKED = ("killed", "crashed", "stopped", "no memory", "no files")
-HOSTS = ("killed", "stopped", "cut off")
-LIMIT_S = {"stopped": 30.0, "cut off": 30.0}  # of the others 15 s
-_SIZE = ["model.layers=2", "model.width=64", "model.heads=4", "model.head_dim=16", "model.mlp_hidden=64"]
-_INFER = ["infer.py", "model=dense", *_SIZE, "workload.batch_size=1", "workload.iterations=20", "logger=wandb"]
-_LONG = ["workload.runs=3", "workload.iterations=100000", "workload.seq_len=32"]
-# Tensors of 64 MiB, which malloc asks the kernel for each time, so that a limit is met.
-_LARGE = ["workload.runs=3", "workload.iterations=1000", "workload.seq_len=2048", "model.mlp_hidden=16384"]
-_TRAIN = [
-    "train.py", "model.layers=2", "model.width=64", "model.heads=4", "model.head_dim=16", "model.mlp_hidden=64",
-    "data.limit_bytes=200000", "data.batch_size=4", "trainer.max_steps=100000", "trainer.log_every_n_steps=2",
-    "trainer.save_every_n_steps=3", "trainer.keep_checkpoints=2", "data.validation_batches=2", "logger=wandb",
-]  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One job and what happens to it: on two `hosts`, or to forked ranks."""
-
-    phase: str
-    fault: str
-    hosts: bool = False
-
-    @property
-    def limit_s(self) -> float:
-        return LIMIT_S.get(self.fault, 15.0)
-
-    @property
-    def command(self) -> list[str]:
-        large = self.fault == "no memory"
-        grid = "parallel=helix_2x2" if self.hosts else "parallel=helix_2x1"
-        if self.phase in ("training", "checkpoint"):
-            seq_len = ["data.seq_len=1024", "model.mlp_hidden=16384"] if large else ["data.seq_len=32"]
-            return [*_TRAIN, grid, *seq_len]
-        if self.phase == "generation":
-            work = ["workload.runs=3", "workload.iterations=100000", "generate.max_new_tokens=20", "prompt=Hello"]
-            return ["infer.py", "model=pretrained", "model.path={models}", *work, "logger=wandb", grid]
-        if self.phase == "save":
-            return [*_INFER, grid, "workload.runs=2", "workload.seq_len=32"]
-        warmup = ["workload.warmup=100000"] if self.phase == "warm-up" else []
-        return [*_INFER, grid, *(_LARGE if large else _LONG), *warmup]
+from helix.study.runs import DamagedRun, load_runs
 
 
 @dataclass(frozen=True)
@@ -104,19 +61,23 @@ class Ending:
     wandb: str | None
     left: tuple[str, ...]
     stuck: bool = False
+    missed: bool = False
 
     @property
     def fault(self) -> str:
         """What is not as it should be; empty if all is."""
+        if self.missed:
+            return "no rank was met in this phase"
         names = bool(self.said) and all(re.search(r"(rank \d+) \(host \S+\) .* during ", each) for each in self.said)
         checks = {
             f"ended after {self.seconds:.1f} s": not self.stuck and self.seconds <= self.cell.limit_s,
             f"exit codes {self.exit_codes}": all(code == 1 for code in self.exit_codes),
             f"{len(self.said)} messages": len(self.said) in ((1, 2) if self.cell.hosts else (1,)),
             "no rank, host and phase": names,
-            f"{self.lines} other lines": self.cell.hosts or self.lines == 0,
+            # torchrun's, and what the C library's handler prints of a crash
+            f"{self.lines} other lines": self.lines == 0 or self.cell.hosts or self.cell.fault == "crashed",
             f"left: {', '.join(self.left)}": not self.left,
-            "no failed.json": self.failed is not None,
+            "no failed.json": self.failed is not None or self.cell.fault == "full disk",
             f"W&B run {self.wandb}": self.wandb in ("failed", None) or self.cell.hosts,
         }
         return "; ".join(said for said, fine in checks.items() if not fine)
@@ -124,127 +85,26 @@ class Ending:
 
 def spoil(cell: Cell, folder: Path, models: Path) -> Ending:
     """Run a job, have its fault happen, and see how it ends."""
-    temp, out = folder / "tmp", folder / "out"
+    temp, disk = folder / "tmp", folder / "disk"
+    out = disk / "out"
     temp.mkdir(parents=True)
+    disk.mkdir()
     env = {"TMPDIR": str(temp), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     command = [each.format(models=models) for each in cell.command] + [f"hydra.run.dir={out}"]
     with ExitStack() as stack:
+        if cell.fault == "full disk":
+            subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk], check=True)
+            stack.callback(subprocess.run, ["umount", "--lazy", disk], check=True)
         made: list[Host] = list(stack.enter_context(hosts(2))) if cell.hosts else []
-        jobs = _on_hosts(made, command, env, folder) if made else [_Forked(command, env)]
+        jobs = on_hosts(made, command, env, folder) if made else [Forked(command, env)]
         try:
-            rank = _caught(cell, temp, jobs, made)
-            _befall(cell, rank, made)
-            return _watched(cell, jobs, temp, out)
+            rank = caught(cell, temp, jobs, made)
+            if rank is not None:
+                befall(cell, rank, made, disk)
+            return replace(_watched(cell, jobs, temp, out), missed=rank is None)
         finally:
             for job in jobs:
                 job.kill()
-
-
-class _Forked:
-    """A command with forked ranks."""
-
-    def __init__(self, command: list[str], env: dict[str, str]) -> None:
-        self._command = Command(*command, env=env)
-
-    def ended(self) -> bool:
-        return self._command.returncode is not None or not psutil.pid_exists(self._command.pid)
-
-    def result(self) -> tuple[int, str]:
-        return self._command.wait(5), self._command.read()[1]
-
-    def kill(self) -> None:
-        self._command.kill()
-
-
-class _Torchrun:
-    """A host's torchrun; it ends with its ranks."""
-
-    def __init__(self, host: Host, words: list[str], env: dict[str, str], folder: Path) -> None:
-        self._errors = folder / f"{host.name}.err"
-        with self._errors.open("w") as errors:
-            self._process = host.popen(words, env=env, stdout=errors, stderr=errors)
-
-    def ended(self) -> bool:
-        return self._process.poll() is not None
-
-    def result(self) -> tuple[int, str]:
-        return int(self._process.returncode), self._errors.read_text()
-
-    def kill(self) -> None:
-        self._process.kill()
-        self._process.wait()
-
-
-def _on_hosts(made: list[Host], command: list[str], env: dict[str, str], folder: Path) -> list[Any]:
-    words = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=2", "--rdzv-id=faults"]
-    words += ["--rdzv-backend=c10d", f"--rdzv-endpoint={made[0].name}:29400", *command]
-    return [_Torchrun(host, words, env, folder) for host in made]
-
-
-def _caught(cell: Cell, temp: Path, jobs: Sequence[Any], made: list[Host]) -> int:
-    """The process of a rank that is in the phase, and stopped in it; not rank 0's, and on the second host."""
-    wanted = {"generation": "generation, run", "checkpoint": "save"}.get(cell.phase, cell.phase)
-    deadline = time.monotonic() + 90
-    while time.monotonic() < deadline:
-        for pid, phase in _said(cell, temp, made):
-            if phase.startswith(wanted):
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGSTOP)
-                    if any(each == (pid, phase) for each in _said(cell, temp, made)):
-                        return pid
-                    os.kill(pid, signal.SIGCONT)
-        if any(job.ended() for job in jobs):
-            break
-        time.sleep(0.002)
-    raise RuntimeError(f"{cell}: no rank was met in this phase; {[job.ended() and job.result() for job in jobs]}")
-
-
-def _said(cell: Cell, temp: Path, made: list[Host]) -> Iterator[tuple[int, str]]:
-    """Process and phase of the rank that is to be met, as it says itself."""
-    if not cell.hosts:
-        records = list(temp.glob("helix-launch-*/ranks-*/1.activity"))
-    else:
-        records = list(temp.glob("torchelastic_*/*/attempt_0/1/activity"))
-    outer: dict[int, int] = {}
-    for record in records:
-        with suppress(OSError, ValueError):
-            pid, phase = record.read_text().split(maxsplit=1)
-            if not cell.hosts:
-                yield int(pid), phase
-                continue
-            outer = outer or _numbers(made[1])
-            if int(pid) in outer and str(temp) in _environment(outer[int(pid)]):
-                yield outer[int(pid)], phase
-
-
-def _numbers(host: Host) -> dict[int, int]:
-    """The host's own numbers of its processes, and ours."""
-    found = {}
-    for pid in host.processes():
-        with suppress(OSError):
-            numbers = re.search(r"NSpid:\s+(.*)", Path(f"/proc/{pid}/status").read_text())
-            if numbers:
-                found[int(numbers[1].split()[-1])] = pid
-    return found
-
-
-def _environment(pid: int) -> str:
-    return Path(f"/proc/{pid}/environ").read_text(errors="replace")
-
-
-def _befall(cell: Cell, pid: int, made: list[Host]) -> None:
-    """The fault, to a rank that is stopped."""
-    if cell.fault == "no memory":
-        used = psutil.Process(pid).memory_info().vms
-        resource.prlimit(pid, resource.RLIMIT_AS, (used, used))
-    elif cell.fault == "no files":
-        resource.prlimit(pid, resource.RLIMIT_NOFILE, (0, 0))
-    elif cell.fault == "cut off":
-        made[1].cut()
-    elif cell.fault != "stopped":
-        os.kill(pid, {"killed": signal.SIGKILL, "crashed": signal.SIGSEGV}[cell.fault])
-    if cell.fault != "stopped":
-        os.kill(pid, signal.SIGCONT)
 
 
 def _watched(cell: Cell, jobs: Sequence[Any], temp: Path, out: Path) -> Ending:
@@ -282,19 +142,25 @@ def _left(temp: Path) -> list[str]:
     found = []
     for process in psutil.process_iter():
         with suppress(psutil.Error, OSError):
-            if f"TMPDIR={temp}" in _environment(process.pid) and process.status() != psutil.STATUS_ZOMBIE:
+            if f"TMPDIR={temp}" in environment(process.pid) and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(f"process {process.name()} {process.pid}")
     return found + [each.name for each in temp.iterdir() if not each.name.startswith("torchelastic_")]
 
 
 def _state(out: Path) -> str | None:
-    files = sorted(out.glob("wandb/*run-*/run-*.wandb"))
-    return read_run(files[-1]).state if files else None
+    if not any(out.glob("wandb/*run-*/run-*.wandb")):
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DamagedRun)  # of rank 0, which was killed
+        return str(load_runs(out).state.iloc[-1])
 
 
 def cells(phases: Sequence[str], faults: Sequence[str]) -> list[Cell]:
     """All cells of the matrix that are asked for, and can be made here."""
     forked = [Cell(phase, fault) for phase in phases for fault in FORKED if fault in faults]
+    # Where a rank opens no file, it does not miss any; nor room on the disk where it writes none.
+    files = {"no files": ("load", "save", "checkpoint"), "full disk": ("save", "checkpoint")}
+    forked = [cell for cell in forked if cell.phase in files.get(cell.fault, PHASES)]
     several = [Cell(phase, fault, hosts=True) for phase in phases for fault in HOSTS if fault in faults]
     return forked + (several if not why_not() else [])
 
@@ -303,6 +169,7 @@ def run(asked: Sequence[Cell], folder: Path, at_once: int = 4, told: Callable[[E
     """All endings, in order; `told` hears of each as it comes."""
     models = folder / "models"
     write_folder(models)
+    _server()  # one for all threads
 
     def one(numbered: tuple[int, Cell]) -> Ending:
         number, cell = numbered

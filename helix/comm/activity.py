@@ -50,6 +50,11 @@ def record_to(path: Path) -> None:
     _write()
 
 
+def folder() -> str | None:
+    """A folder of this rank's that its launcher removes when it has ended, however it has; None without a record."""
+    return None if _record is None else str(_record.parent)
+
+
 def listen(heard: Callable[[], None] | None) -> None:
     """Have something called at each new phase; None for nothing."""
     global _heard

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -29,6 +30,7 @@ from helix.config.schema import ConfigError, InferConfig, ParallelConfig, Partit
 
 # What reading a stranger's YAML can raise.
 UNREADABLE = (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError)
+_ROOM_BYTES = 1 << 20  # for a job's configuration and report
 VERSION_BASE = "1.3"  # of Hydra's defaults; among them, that a job does not change the working directory
 
 
@@ -174,6 +176,8 @@ def check_folder(cfg: DictConfig, key: str) -> None:
         raise ConfigError(f"{key}={folder} cannot be made: {error.strerror}; give another folder") from None
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         raise ConfigError(f"{key}={folder} cannot be made: {above} is not a folder that this user can write to")
+    if (free := shutil.disk_usage(above).free) < _ROOM_BYTES:
+        raise ConfigError(f"{key}={folder} cannot be made: the disk of {above} is full ({free >> 10} KiB are left)")
 
 
 def _changes(cfg: DictConfig, prefix: str = "") -> tuple[list[str], list[str]]:

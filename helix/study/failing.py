@@ -1,7 +1,4 @@
-"""How a job that fails ends: one sentence, an exit code, and in its folder what can be kept.
-
-    failed.json     the sentence; the rank, its host and what it was doing; its traceback, if it raised
-    history.jsonl   what had been measured by then, a line for each record (`helix.study.tracking`)
+"""How a job that fails ends: one sentence, an exit code, and in its folder what can be kept (`helix.study.left`).
 
 Exit code 2 for what was asked for and cannot be, 1 for what went wrong meanwhile.
 """
@@ -9,13 +6,14 @@ Exit code 2 for what was asked for and cannot be, 1 for what went wrong meanwhil
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
 from helix.checkpoint.content import CheckpointError
-from helix.comm.failure import RankError, told
+from helix.comm.failure import RankError, exhausted, told
 from helix.command.job import stop
 from helix.command.sweep import FAILED
 from helix.config.schema import ConfigError, PartitionError
@@ -54,10 +52,12 @@ def ending(run_dir: Path, *said: type[Exception]) -> Iterator[None]:
             raise
         failure = lost or error
         kept = _keep(run_dir, failure)
-        if lost is not None and lost.trace and not kept:
-            print(lost.trace)
-        where = f"; its traceback is in {run_dir / FAILED}" if lost is not None and lost.trace and kept else ""
-        stop(f"{_words(failure)}{where}", code=1)
+        # What disks, files and memory lack is said in full; what a program has wrong is found by a traceback.
+        if lost is None or not lost.trace or isinstance(error, OSError | CheckpointError) or exhausted(error):
+            stop(_words(failure), code=1)
+        if not kept:
+            print(lost.trace, file=sys.stderr)
+        stop(f"{lost}; its traceback is {f'in {run_dir / FAILED}' if kept else 'above'}", code=1)
 
 
 def _words(error: Exception) -> str:

@@ -22,6 +22,7 @@ import pandas as pd
 
 from helix.config.schema import InferConfig
 from helix.config.train_schema import TrainConfig
+from helix.study.left import Left, left_in
 from helix.study.wandb_records import NAME, RunRecords, columns, flat, numbers, own, read_run, run_files
 
 _ABOUT = ["run_id", "path", "state", "started_at", "host"]
@@ -47,6 +48,7 @@ class _Run:
     path: str
     records: RunRecords
     report: _Report
+    failed: Mapping[str, Any] = field(default_factory=dict)
 
 
 def load_runs(source: str | Path, *, reports: bool = True) -> pd.DataFrame:
@@ -55,9 +57,10 @@ def load_runs(source: str | Path, *, reports: bool = True) -> pd.DataFrame:
     Columns: `run_id`; `path`, the run's W&B folder, or "entity/project/id"; `state`: "finished", "failed", "killed",
     "unfinished" (still going on, or cut short), online also W&B's "running" and "crashed"; `started_at` in UTC;
     `host`; the dotted `config.<key>` and `summary.<key>` as logged, and `report.<key>`, the scalars of the report
-    beside the W&B folder; `history`, a DataFrame with a row for each logged record and W&B's `_step`, `_runtime` (s)
-    and `_timestamp` (UTC) first; `report`, the whole report as a dict, or None. What a run does not have is missing
-    (NaN). Runs without W&B (`logger=none`) are not among them.
+    beside the W&B folder; of a job that failed `failed.<key>` of the `failed.json` there, such as its reason;
+    `history`, a DataFrame with a row for each logged record and W&B's `_step`, `_runtime` (s) and `_timestamp` (UTC)
+    first; `report`, the whole report as a dict, or None. What a run does not have is missing (NaN). Runs without W&B
+    (`logger=none`) are not among them.
 
     Every damaged file is named in a `DamagedRun` warning. What it still holds is kept; where that is nothing, the row
     is the report's, if one names the run, else there is none. So is every folder that cannot be read, and every
@@ -97,23 +100,26 @@ def _offline(folder: Path, reports: bool, faults: list[str]) -> Iterator[_Run]:
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         found = list(pool.map(read_run, files))
     at_home = _reports_of(files, found, faults) if reports else {}
+    gone = _left_of(files, found, faults)
     kept: dict[str, list[Path]] = {}
     # Those with a report first: of copies, the first is kept.
     for file, records in sorted(zip(files, found, strict=True), key=lambda pair: pair[0] not in at_home):
-        report = at_home.get(file, _Report())
+        report, left = at_home.get(file, _Report()), gone.get(file, Left())
         if records.fault is not None:
             rest = (
                 "what it holds is kept"
                 if records.run_id
                 else "the report stands for it"
                 if report.path
+                else "what its job has left stands for it"
+                if left.failed
                 else "left out"
             )
             faults.append(f"{file}: {records.fault}; {rest}")
         if not records.run_id:
-            if report.whole is None:
+            if report.whole is None and not left.failed:
                 continue
-            records = RunRecords(_named(file), started_at=report.whole.get("started_at"))
+            records = RunRecords(_named(file), started_at=(report.whole or {}).get("started_at"))
         assert records.run_id is not None
         others = kept.setdefault(records.run_id, [])
         if copied := [other for other in others if _same(file, other)]:
@@ -122,7 +128,23 @@ def _offline(folder: Path, reports: bool, faults: list[str]) -> Iterator[_Run]:
         if others:
             faults.append(f"{file}: it has the run id of {others[0]}, and other content; both are kept")
         others.append(file)
-        yield _run(str(file.parent), records, faults, report)
+        if left.failed:
+            records = replace(records, state="failed", history=records.history or left.history)
+        yield replace(_run(str(file.parent), records, faults, report), failed=left.failed)
+
+
+def _left_of(files: Sequence[Path], found: Sequence[RunRecords], faults: list[str]) -> dict[Path, Left]:
+    """What failed jobs have left in runs' folders, by the file of the last run of each that has not ended well."""
+    last: dict[Path, Path] = {}
+    for file, records in zip(files, found, strict=True):
+        if records.state != "finished":
+            last[_home(file)] = file  # their folders' names begin with the time
+    return {file: left_in(home, faults) for home, file in last.items()}
+
+
+def _home(file: Path) -> Path:
+    """The folder of a job: <home>/wandb/offline-run-<time>-<id>/run-<id>.wandb."""
+    return file.parent.parent.parent
 
 
 def _same(file: Path, other: Path) -> bool:
@@ -157,8 +179,7 @@ def _reports_of(files: Sequence[Path], found: Sequence[RunRecords], faults: list
     """The reports that lie in the runs' folders, by the file of the run that each names."""
     homes: dict[Path, dict[str | None, Path]] = {}
     for file, records in zip(files, found, strict=True):
-        # <home>/wandb/offline-run-<time>-<id>/run-<id>.wandb
-        homes.setdefault(file.parent.parent.parent, {})[records.run_id or _named(file)] = file
+        homes.setdefault(_home(file), {})[records.run_id or _named(file)] = file
     of: dict[Path, _Report] = {}
     for home, runs in homes.items():
         for path in (home / name for name in _REPORTS):
@@ -235,6 +256,7 @@ def _table(runs: Iterable[_Run]) -> pd.DataFrame:
         _columns("config", [run.records.config for run in runs]),
         _columns("summary", [run.records.summary for run in runs]),
         _columns("report", [run.report.scalars for run in runs]),
+        _columns("failed", [run.failed for run in runs]),
     ]
     whole = pd.DataFrame({"history": [_history(run.records.history) for run in runs]}, dtype=object)
     whole["report"] = pd.Series([run.report.whole for run in runs], dtype=object)

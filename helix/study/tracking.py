@@ -24,15 +24,19 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from helix.comm import activity
 from helix.comm.failure import told
 from helix.config.schema import ConfigError
+from helix.study.left import HISTORY
 from helix.study.report import Tracked
 
 if TYPE_CHECKING:
@@ -40,7 +44,6 @@ if TYPE_CHECKING:
 
     from helix.config.schema import LoggerConfig
 
-HISTORY = "history.jsonl"
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # torch elastic follows with SIGKILL after 30 s, a user sooner; an offline run needs less than 1 s to finish.
 _FINISH_LIMIT_S = 5.0
@@ -78,7 +81,7 @@ class Tracker:
         if self._history is not None:
             # Opened anew for each: what is written is then with the kernel, whatever becomes of this process.
             with suppress(OSError), self._history.open("a") as file:
-                file.write(json.dumps({"_step": step} | dict(metrics)) + "\n")
+                file.write(json.dumps({"_step": step, "_timestamp": time.time()} | dict(metrics)) + "\n")
         if self.experiment is not None:
             with self._or_without():
                 self.experiment.log(dict(metrics), step=step)
@@ -148,7 +151,8 @@ def track(config: LoggerConfig, directory: Path | str, run_config: Mapping[str, 
 
 
 def _start(config: LoggerConfig, directory: Path | str, run_config: Mapping[str, Any]) -> Run:
-    import wandb  # 0.5 s, and not at all with `kind: none`
+    with _temporary_files_of_the_rank():
+        import wandb  # 0.5 s, and not at all with `kind: none`
 
     settings = wandb.Settings(
         console="off",
@@ -180,6 +184,17 @@ def _start(config: LoggerConfig, directory: Path | str, run_config: Mapping[str,
             f"logger.mode={config.mode}: {server} was not reached within {_REACHED_LIMIT_S:.0f} s "
             f"({' '.join(str(error).split())}); use logger.mode=offline or logger=none"
         ) from error
+
+
+@contextmanager
+def _temporary_files_of_the_rank() -> Iterator[None]:
+    """W&B's import makes temporary folders, which a rank that is killed leaves; in its launcher's they go with it."""
+    before = tempfile.tempdir
+    tempfile.tempdir = activity.folder() or before
+    try:
+        yield
+    finally:
+        tempfile.tempdir = before
 
 
 @contextmanager

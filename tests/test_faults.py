@@ -1,0 +1,119 @@
+"""How jobs end whose rank is killed, stopped, cut off or starved: some of the matrix; all of it with `-m faults`."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+from fault_jobs import FORKED, HOSTS, PHASES, Cell
+from faults import cells, run
+from hosts import why_not
+
+from helix.comm import activity, heartbeat
+from helix.comm.failure import RankError, exhausted
+from helix.comm.heartbeat import Heartbeat
+from helix.study.left import left_in
+
+
+def test_forked_ranks(tmp_path: Path) -> None:
+    """Of the matrix, what is quick."""
+    some = [Cell("measurement", "rank 0 killed"), Cell("save", "no files")]
+    endings = run(some, tmp_path, at_once=2)
+    assert [ending.fault for ending in endings] == [""] * len(some)
+    assert endings[0].records > 0
+    assert endings[0].wandb == "failed"
+    assert "rank 0 (host " in endings[0].said[0]
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(600)
+def test_the_matrix(tmp_path: Path) -> None:
+    wrong = [f"{each.cell}: {each.fault}; {each.said}" for each in run(cells(PHASES, FORKED), tmp_path) if each.fault]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.faults
+@pytest.mark.skipif(bool(why_not()), reason=why_not())
+@pytest.mark.timeout(600)
+def test_two_hosts(tmp_path: Path) -> None:
+    several = [Cell(phase, fault, hosts=True) for phase in ("measurement", "training") for fault in HOSTS]
+    wrong = [f"{each.cell}: {each.fault}; {each.said}" for each in run(several, tmp_path, 2) if each.fault]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_a_phase_is_said_outside_and_left_as_it_was_by_an_error(tmp_path: Path) -> None:
+    record = tmp_path / "activity"
+    try:
+        activity.record_to(record)
+        assert activity.read(record) == (os.getpid(), "start")
+        with pytest.raises(LookupError), activity.activity("load"):
+            raise LookupError
+        assert activity.read(record) == (os.getpid(), "load")
+        with activity.activity("save"):
+            assert activity.read(record) == (os.getpid(), "save")
+        assert activity.current() == "load"
+    finally:
+        activity.record_to(Path(os.devnull) / "nowhere")  # what cannot be written ends no rank
+    assert activity.read(tmp_path / "none") == (0, "start")
+
+
+def test_a_rank_that_falls_silent_is_named_and_the_watchers_own_pause_is_not_silence(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(heartbeat, "SILENT_S", 1.0)
+    store, ended, mute = dist.HashStore(), threading.Event(), threading.Event()
+    found: list[RankError] = []
+
+    def end(self: Heartbeat, verdict: RankError) -> None:
+        if self._number == 0:
+            found.append(verdict)
+        ended.set()
+
+    def say(self: Heartbeat, words: dict[str, object], whole=Heartbeat._say) -> None:
+        if not (self._number == 1 and mute.is_set()):
+            whole(self, words)
+
+    monkeypatch.setattr(heartbeat, "BEAT_S", 0.2)
+    monkeypatch.setattr(Heartbeat, "_end", end)
+    monkeypatch.setattr(Heartbeat, "_say", say)
+    both = [Heartbeat(store, number, ["here a", "here a"]) for number in range(2)]
+    time.sleep(0.5)
+    clock = time.monotonic
+    monkeypatch.setattr(time, "monotonic", lambda: clock() + 60)  # as after Ctrl-Z and `fg`
+    assert not ended.wait(0.8)
+    mute.set()
+    assert ended.wait(5)
+    mute.clear()
+    assert "rank 1 (host here) was lost (stopped, or cut off" in str(found[0])
+    for each in both:
+        each._thread.join(5)
+
+
+def test_errors_of_ranks_survive_pickle_and_name_all() -> None:
+    error = pickle.loads(pickle.dumps(RankError(3, "vm", "measurement, run 2 of 5", "was killed by SIGKILL")))
+    assert str(error) == (
+        "rank 3 (host vm) was killed by SIGKILL during measurement, run 2 of 5; the other ranks were stopped"
+    )
+    assert exhausted(MemoryError())
+    assert exhausted(OSError(12, os.strerror(12)))
+    assert exhausted(RuntimeError(f"can't allocate: Error code 12 ({os.strerror(12)})"))
+    assert not exhausted(RuntimeError("another"))
+
+
+def test_what_is_left_of_a_failed_job(tmp_path: Path) -> None:
+    faults: list[str] = []
+    assert not left_in(tmp_path, faults).failed
+    (tmp_path / "failed.json").write_text(json.dumps({"reason": "so", "traceback": "long"}))
+    (tmp_path / "history.jsonl").write_text('{"_step": 0, "loss": 1.5}\n{"_step": 1, "loss": 1.25}\n')
+    left = left_in(tmp_path, faults)
+    assert dict(left.failed) == {"reason": "so"}
+    assert left.history["loss"] == [1.5, 1.25]
+    (tmp_path / "failed.json").write_text("{")
+    assert not left_in(tmp_path, faults).failed
+    assert len(faults) == 1
