@@ -2,39 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
-import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hosts import ROOT, Host, Process, Sent, hosts, why_not
+from hosts import ROOT, hosts, why_not
+from torchruns import both, jobs, read, torchrun
 
 pytestmark = [pytest.mark.hosts, pytest.mark.skipif(bool(why_not()), reason=why_not())]
 TINY = ["model=tiny", "logger=none", "workload.batch_size=8", "workload.seq_len=32", "workload.runs=2"]
-
-
-def torchrun(host: Host, ranks: int, *command: str | Path, restarts: int = 0, **env: str) -> Process:
-    """torchrun on one of two hosts, which meet on the first."""
-    words = ["--nnodes=2", f"--nproc-per-node={ranks}", f"--max-restarts={restarts}", "--rdzv-id=test"]
-    where = ["--rdzv-backend=c10d", "--rdzv-endpoint=host1:29400"]
-    started = [sys.executable, "-m", "torch.distributed.run", *words, *where, *command]
-    return host.popen(started, env={"OMP_NUM_THREADS": "1", **env})
-
-
-def both(ends: Sequence[Process], timeout: float = 200) -> list[tuple[int, str, str]]:
-    """Exit code, output and errors of each of them."""
-    deadline = time.monotonic() + timeout
-    try:
-        said = [end.communicate(timeout=deadline - time.monotonic()) for end in ends]
-    except subprocess.TimeoutExpired:
-        for end in ends:
-            end.kill()
-        raise AssertionError([end.communicate() for end in ends]) from None
-    return [(end.returncode, *each) for end, each in zip(ends, said, strict=True)]
 
 
 def forked(folder: Path, *words: str) -> dict[str, Any]:
@@ -42,25 +20,6 @@ def forked(folder: Path, *words: str) -> dict[str, Any]:
     command = [sys.executable, "infer.py", *words, f"hydra.run.dir={folder}"]
     subprocess.run(command, cwd=ROOT, check=True, timeout=100, capture_output=True)
     return read(folder)
-
-
-def read(folder: Path, name: str = "report.json") -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((folder / name).read_text())
-    return content
-
-
-def jobs(folder: Path, ranks: int, lines: list[list[str]], rate: str = "1gbit") -> list[dict[str, int]]:
-    """Run command lines on two hosts; what programs sent over the link in each, by host."""
-    folder.mkdir()
-    with hosts(2, rate=rate) as two:
-        ended = both([torchrun(host, ranks, "tests/jobs.py", folder, json.dumps(lines)) for host in two])
-    assert [code for code, _, _ in ended] == [0, 0], ended
-    assert not ended[1][1].strip(), "only rank 0 speaks"
-    counts = {}
-    for host in two:
-        text = (folder / f"sent.{host.name}.jsonl").read_text()
-        counts[host.name] = [Sent(**json.loads(line)).payload_bytes for line in text.splitlines()]
-    return [{name: each[number] for name, each in counts.items()} for number in range(len(lines))]
 
 
 @pytest.mark.timeout(300)
@@ -97,7 +56,12 @@ def test_two_hosts_compute_what_one_does_and_send_what_is_predicted(grid: str, t
 def test_a_training_goes_on_after_a_host_lost_a_rank(tmp_path: Path) -> None:
     """On hosts whose own name is a loopback address, as Debian installs it: gloo is told the interface."""
     tiny = ["model=tiny", "model.layers=1", "logger=none", "data.batch_size=4", "data.seq_len=16"]
-    limits = ["trainer.max_steps=12", "trainer.save_every_n_steps=2", "trainer.validate_every_n_steps=12"]
+    limits = [
+        "trainer.max_steps=12",
+        "trainer.save_every_n_steps=2",
+        "trainer.validate_every_n_steps=12",
+        "optimizer.warmup_steps=2",
+    ]
     words = ["train.py", "parallel=helix_2x2", *tiny, *limits]
     script = tmp_path / "train.py"
     script.write_text(KILLING.format(root=str(ROOT), mark=str(tmp_path / "killed")))
