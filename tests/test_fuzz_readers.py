@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+
 import pytest
 from fuzz_readers import check, safetensors, targets
 from hypothesis import HealthCheck, Phase, given, settings
@@ -111,6 +113,8 @@ FOUND = [
     ("calibration", b"a: 1"),
     ("calibration", b"name: [x]"),
     ("calibration", b"source: x"),
+    # An array of 2 ** 40 numbers, which gguf's own reader looks for.
+    ("gguf", b"GGUF" + struct.pack("<IQQQ1sIIQ", 3, 0, 1, 1, b"a", 9, 4, 2**40)),
     ("config", b'{"a":' * 3000),
     ("import", safetensors({"__metadata__": {"helix": '{"x": 1}'}}, 0)),
     ("import", safetensors({"__metadata__": {"helix": "[" * 3000}}, 0)),

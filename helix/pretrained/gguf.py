@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from helix.checkpoint import manifest as disk
 from helix.checkpoint.content import CheckpointError
 from helix.pretrained.folder import ONLY_DATA
+from helix.pretrained.gguf_header import check_header
 
 _PLAIN = ("none", 1.0)  # a rotary embedding that is not scaled
 DTYPES = ("float32", "bfloat16", "float16")
@@ -29,10 +30,10 @@ NEEDED = "pip install 'helix-attention[pretrained]'"
 
 
 def check(file: Path, folder: Path) -> None:
-    """Check what can be checked without reading the file.
+    """Check what can be checked without reading the weights.
 
     Raises:
-        CheckpointError: if it is no GGUF, or there is something at the folder's path.
+        CheckpointError: if it is no GGUF, its header is damaged, or there is something at the folder's path.
     """
     try:
         with file.open("rb") as opened:
@@ -41,6 +42,7 @@ def check(file: Path, folder: Path) -> None:
         raise CheckpointError(f"{file} cannot be read: {error.strerror}") from None
     if magic != b"GGUF":
         raise CheckpointError(f"{file} is no GGUF file; give one, as llama.cpp reads them")
+    check_header(file)
     if folder.exists():
         raise CheckpointError(f"{folder} exists; give a path that does not")
 
