@@ -118,7 +118,9 @@ def on_hosts(made: list[Host], command: list[str], env: dict[str, str], folder: 
 
 def caught(cell: Cell, temp: Path, jobs: Sequence[Any], made: list[Host]) -> int | None:
     """The process of a rank that is in the phase, and stopped in it; not rank 0's. None if it never was."""
-    named = {"measurement": "measurement, run 2", "generation": "generation, run 2", "checkpoint": "save"}
+    # Of forked ranks in the second run, so that something is kept; on hosts, to look takes longer than a run.
+    run = "run" if cell.hosts else "run 2"
+    named = {"measurement": f"measurement, {run}", "generation": f"generation, {run}", "checkpoint": "save"}
     wanted = named.get(cell.phase, cell.phase)
     outer: dict[int, int] = {}  # processes' numbers here, by their host's
     deadline = time.monotonic() + 60

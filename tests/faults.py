@@ -77,7 +77,7 @@ class Ending:
             # torchrun's, and what the C library's handler prints of a crash
             f"{self.lines} other lines": self.lines == 0 or self.cell.hosts or self.cell.fault == "crashed",
             f"left: {', '.join(self.left)}": not self.left,
-            "no failed.json": self.failed is not None or self.cell.fault == "full disk",
+            "no failed.json": self.failed is not None,
             f"W&B run {self.wandb}": self.wandb in ("failed", None) or self.cell.hosts,
         }
         return "; ".join(said for said, fine in checks.items() if not fine)
@@ -152,14 +152,14 @@ def _state(out: Path) -> str | None:
         return None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DamagedRun)  # of rank 0, which was killed
-        return str(load_runs(out).state.iloc[-1])
+        return str([None, *load_runs(out).state][-1])
 
 
 def cells(phases: Sequence[str], faults: Sequence[str]) -> list[Cell]:
     """All cells of the matrix that are asked for, and can be made here."""
     forked = [Cell(phase, fault) for phase in phases for fault in FORKED if fault in faults]
     # Where a rank opens no file, it does not miss any; nor room on the disk where it writes none.
-    files = {"no files": ("load", "save", "checkpoint"), "full disk": ("save", "checkpoint")}
+    files = {"no files": ("load", "save"), "full disk": ("save", "checkpoint")}
     forked = [cell for cell in forked if cell.phase in files.get(cell.fault, PHASES)]
     several = [Cell(phase, fault, hosts=True) for phase in phases for fault in HOSTS if fault in faults]
     return forked + (several if not why_not() else [])

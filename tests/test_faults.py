@@ -23,7 +23,7 @@ from helix.study.left import left_in
 
 def test_forked_ranks(tmp_path: Path) -> None:
     """Of the matrix, what is quick."""
-    some = [Cell("measurement", "rank 0 killed"), Cell("save", "no files")]
+    some = [Cell("measurement", "rank 0 killed"), Cell("checkpoint", "killed")]
     endings = run(some, tmp_path, at_once=2)
     assert [ending.fault for ending in endings] == [""] * len(some)
     assert endings[0].records > 0

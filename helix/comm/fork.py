@@ -201,7 +201,10 @@ def _rank_main(fn: Callable[..., T], args: tuple[Any, ...], device: str, timeout
             return fn(*args)
     except Exception as error:
         cause = raised(rank, activity.current(), error, traceback.format_exc())
-        _keep(error, cause, this.folder / f"{rank}.pickle")
+        try:
+            _keep(error, cause, this.folder / f"{rank}.pickle")
+        except OSError:  # no room, or no file more; the launcher then knows only that this rank has ended
+            print(cause.trace, file=sys.stderr)
         # If this is only the echo of a rank that was killed, let elastic see that one first; it reports one.
         time.sleep(0.5)
         sys.stdout.flush()

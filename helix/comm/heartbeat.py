@@ -38,8 +38,7 @@ from helix.comm import activity, failure, flight
 from helix.comm.failure import RankError
 
 BEAT_S = 2.0
-# The thread beats between others' turns at Python's lock. A single call that copies or unpickles much holds it for
-# longer than a turn, but hardly for so long; what was measured under load is in paper/LOG.md, 2026-11-22.
+# The thread beats between others' turns at Python's lock, which no single call holds for so long.
 SILENT_S = 15.0
 # What a rank raised may be the echo of one that died, whose closed connection is seen within this time.
 _ECHO_S = 0.5
@@ -88,9 +87,6 @@ class _Peer:
     line: _Line | None = None
     silent_s: float = 0.0
     parted: bool = False
-
-    def lost(self, what: str, detail: str = "") -> RankError:
-        return RankError(self.rank, self.host, self.phase, what, detail)
 
 
 class Heartbeat:
@@ -209,7 +205,8 @@ class Heartbeat:
             self._selector.unregister(line)
             line.link.close()
             if peer is not None and not peer.parted and self._verdict is None:
-                self._verdict = peer.lost("was lost (its process ended without a word)")
+                what = "was lost (its process ended without a word)"
+                self._verdict = RankError(peer.rank, peer.host, peer.phase, what)
             return
         for words in said:
             peer = peer or self._introduced(line, words)
@@ -248,7 +245,7 @@ class Heartbeat:
             more = f"as was rank {', '.join(map(str, too))}" if too else ""
             last = f"its last collective was {first.last}" if first.last else ""
             what = f"was lost (stopped, or cut off: nothing was heard of it for {SILENT_S:.0f} s)"
-            return first.lost(what, ", ".join(filter(None, (more, last))))
+            return RankError(first.rank, first.host, first.phase, what, ", ".join(filter(None, (more, last))))
         if self._number == 0 and self._own is not None and self._own not in self._raised:
             self._raised.insert(0, self._own)  # what all raise alike, rank 0 says
         if self._number != 0 or not self._raised:
@@ -296,5 +293,7 @@ class Heartbeat:
 
     def _close(self) -> None:
         for key in list(self._selector.get_map().values()):
-            socket.close(key.fd)
+            each: Any = key.fileobj
+            (each.link if isinstance(each, _Line) else each).close()
         self._selector.close()
+        self._bell.close()

@@ -21,6 +21,8 @@ from helix.study.provenance import now
 from helix.study.report import write_whole
 
 _SAVE = "save"
+# Kept free for failed.json, should the disk be full by then.
+_ROOM, _ROOM_BYTES = ".room", 1 << 16
 
 
 @contextmanager
@@ -35,6 +37,7 @@ def ending(run_dir: Path, *said: type[Exception]) -> Iterator[None]:
     """
     with suppress(OSError):
         (run_dir / FAILED).unlink(missing_ok=True)  # of an earlier start
+        (run_dir / _ROOM).write_bytes(bytes(_ROOM_BYTES))
     try:
         with told(partial(_keep, run_dir)):
             yield
@@ -58,6 +61,9 @@ def ending(run_dir: Path, *said: type[Exception]) -> Iterator[None]:
         if not kept:
             print(lost.trace, file=sys.stderr)
         stop(f"{lost}; its traceback is {f'in {run_dir / FAILED}' if kept else 'above'}", code=1)
+    finally:
+        with suppress(OSError):
+            (run_dir / _ROOM).unlink(missing_ok=True)
 
 
 def _words(error: Exception) -> str:
@@ -74,6 +80,7 @@ def _keep(run_dir: Path, error: Exception) -> bool:
     if not run_dir.is_dir():
         return False
     try:
+        (run_dir / _ROOM).unlink(missing_ok=True)
         write_whole(json.dumps(content, indent=2) + "\n", run_dir / FAILED)
     except OSError:
         return False
