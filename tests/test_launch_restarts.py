@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from helix.comm.launch import RankError, Restart, first_said, launch, restarted
-from helix.comm.process_group import _agreed_name
+from helix.comm.process_group import _agree
 
 
 def summed(value: float) -> float:
@@ -102,7 +102,7 @@ def test_ranks_that_are_early_do_not_take_an_earlier_starts_name() -> None:
 
         def one(rank: int) -> str:
             time.sleep(0 if rank else 0.2)
-            return _agreed_name(store, rank, 3, timedelta(seconds=5))
+            return _agree(store, rank, 3, timedelta(seconds=5))[0]
 
         with ThreadPoolExecutor(3) as pool:
             found = set(pool.map(one, range(3)))
