@@ -153,7 +153,9 @@ def disturb(training: Training, other: Training, every_s: float, draw: random.Ra
 
 def left_behind(folder: Path) -> list[str]:
     """What is still there of both trainings: temporary files, and processes, which have their environment."""
-    found = [f"temporary {path.name}" for path in temporary(folder).iterdir()]
+    # Torch keeps a cache there for all of a user's processes.
+    names = [path.name for path in temporary(folder).iterdir() if not path.name.startswith("torchinductor_")]
+    found = [f"temporary {name}" for name in names]
     for process in psutil.process_iter():
         with suppress(psutil.Error):
             if process.environ().get("TMPDIR") == str(temporary(folder)):
