@@ -7,6 +7,8 @@ import os
 import pickle
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from hosts import why_not
 from helix.comm import activity, heartbeat
 from helix.comm.failure import RankError, exhausted
 from helix.comm.heartbeat import Heartbeat
+from helix.comm.process_group import _agree
 from helix.study.left import left_in
 
 
@@ -93,6 +96,20 @@ def test_a_rank_that_falls_silent_is_named_and_the_watchers_own_pause_is_not_sil
     assert "rank 1 (host here) was lost (stopped, or cut off" in str(found[0])
     for each in both:
         each._thread.join(5)
+
+
+def test_ranks_that_never_come_are_named() -> None:
+    store, short = dist.HashStore(), timedelta(seconds=0.4)
+
+    def one(rank: int) -> str:
+        with pytest.raises(TimeoutError) as caught:
+            _agree(store, rank, 4, short)
+        return str(caught.value)
+
+    with ThreadPoolExecutor(2) as pool:
+        first, other = pool.map(one, (0, 2))
+    assert "ranks 1, 3 of 4 have not come within 0 s of rank 0" in first
+    assert "rank 2 waited 0 s for rank 0 and the other ranks to start" in other
 
 
 def test_errors_of_ranks_survive_pickle_and_name_all() -> None:

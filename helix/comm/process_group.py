@@ -33,6 +33,10 @@ _connected: list[tuple[dist.Store, int, int]] = []
 _groups = itertools.count()
 _hosts: list[Hosts] = []  # of the process group that there is
 _POLL_S = 0.01
+# A rank that dies before its first word, on another host, is noticed by nobody: so long its first group is waited for.
+_COME_S = 120.0
+# And later ones, for which rank 0 may have tables and plots to make first.
+_COME_AGAIN_S = 600.0
 
 
 def own_device(kind: str) -> torch.device:
@@ -152,13 +156,21 @@ def _forget_parts() -> None:
         debug._clear_sharding_prop_cache()
 
 
-def launchers_store(timeout: timedelta = timedelta(minutes=10)) -> tuple[dist.Store, int, int]:
+def launchers_store() -> tuple[dist.Store, int, int]:
     """The launcher's store, which outlives the ranks if it starts them again; its number of this process, and of all.
 
     One connection serves all: without torchrun rank 0 is the server, and a new one might be taken for the old.
+
+    Raises:
+        TimeoutError: if it, or a rank that it waits for, does not come in time.
     """
     if not _connected:
-        _connected.append(next(iter(dist.rendezvous("env://", timeout=timeout))))
+        try:
+            _connected.append(next(iter(dist.rendezvous("env://", timeout=timedelta(seconds=_COME_S)))))
+        except (dist.DistStoreError, dist.DistNetworkError) as error:
+            where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            said = str(error).splitlines()[0].rstrip(".")
+            raise TimeoutError(f"rank {os.environ['RANK']} met not all others at {where} ({said})") from None
     return _connected[0]
 
 
@@ -169,9 +181,11 @@ def _own_store(timeout: timedelta) -> tuple[dist.Store, int, list[str]]:
     then the same, and holds the addresses of the last group, to which a rank that is early would connect; so each
     group has its own keys.
     """
-    store, rank, ranks = launchers_store(timeout)
-    group = dist.PrefixStore(f"helix-launch-{next(_groups)}", store)
-    name, said = _agree(group, rank, ranks, timeout)
+    store, rank, ranks = launchers_store()
+    number = next(_groups)
+    group = dist.PrefixStore(f"helix-launch-{number}", store)
+    limit = timedelta(seconds=_COME_AGAIN_S if number else _COME_S)
+    name, said = _agree(group, rank, ranks, min(timeout, limit))
     return dist.PrefixStore(name, group), rank, said
 
 
@@ -184,18 +198,31 @@ def _agree(store: dist.Store, rank: int, ranks: int, timeout: timedelta) -> tupl
     own, host = uuid4().hex, own_host()
     if rank == 0:
         store.set("name", own)
-        keys = [f"{own}/{other}" for other in range(1, ranks)]
-        store.wait(keys, timeout)
-        answers = [[own, host], *(json.loads(store.get(key)) for key in keys)]
+        _wait_for_all(store, own, ranks, timeout)
+        answers = [[own, host], *(json.loads(store.get(f"{own}/{other}")) for other in range(1, ranks))]
         store.set(f"{own}/ranks", json.dumps(answers))
         return own, [each for _, each in answers]
     deadline = time.monotonic() + timeout.total_seconds()
     while time.monotonic() < deadline:
-        name: str = store.get("name").decode()
-        store.set(f"{name}/{rank}", json.dumps([own, host]))
-        if store.check([f"{name}/ranks"]):
-            answers = json.loads(store.get(f"{name}/ranks"))
-            if answers[rank][0] == own:
-                return name, [each for _, each in answers]
+        if store.check(["name"]):
+            name: str = store.get("name").decode()
+            store.set(f"{name}/{rank}", json.dumps([own, host]))
+            if store.check([f"{name}/ranks"]):
+                answers = json.loads(store.get(f"{name}/ranks"))
+                if answers[rank][0] == own:
+                    return name, [each for _, each in answers]
         time.sleep(_POLL_S)
     raise TimeoutError(f"rank {rank} waited {timeout.total_seconds():.0f} s for rank 0 and the other ranks to start")
+
+
+def _wait_for_all(store: dist.Store, name: str, ranks: int, timeout: timedelta) -> None:
+    try:
+        store.wait([f"{name}/{other}" for other in range(1, ranks)], timeout)
+    except dist.DistStoreError:
+        missing = [str(other) for other in range(1, ranks) if not store.check([f"{name}/{other}"])]
+        few = ", ".join(missing[:8]) + (", .." if len(missing) > 8 else "")
+        which = f"rank {few} of {ranks} has" if len(missing) == 1 else f"ranks {few} of {ranks} have"
+        raise TimeoutError(
+            f"{which} not come within {timeout.total_seconds():.0f} s of rank 0: ended before a first word (see the "
+            "output there), or on a host that does not reach rank 0's"
+        ) from None
