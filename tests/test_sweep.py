@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -192,7 +193,11 @@ def test_a_sweep_that_runs_is_not_started_twice(
 ) -> None:
     assert sweep(monkeypatch, "parallel.m=1", "seed=0,1")[1] == 0
     [folder] = (machine / "multirun").iterdir()
+    temporary = machine / "tmp"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     with _held(folder):
         assert sweep(monkeypatch, "parallel.m=1", "seed=0,1") == ([], 2)
     assert "this sweep is running already" in capsys.readouterr().err
     assert len(sweep(monkeypatch, "parallel.m=1", "seed=0,1")[0]) == 2
+    assert list(temporary.iterdir()) == [], "refused or not, a sweep takes its lock along"

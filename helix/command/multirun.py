@@ -14,6 +14,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import logging
+import os
 import sys
 import tempfile
 import time
@@ -90,12 +91,23 @@ def _run_sweep(this: Command, composed: Composed, sweep: DictConfig) -> None:
 def _held(folder: Path) -> Iterator[None]:
     """Keep a second start of the same command off this sweep's jobs, however this one ends."""
     lock = Path(tempfile.gettempdir()) / f"helix-sweep-{hashlib.sha256(str(folder).encode()).hexdigest()[:16]}.lock"
-    with lock.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            stop(f"this sweep is running already, in {folder}; wait for it, or give another hydra.sweep.dir=", code=2)
-        yield
+    while True:
+        with lock.open("a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                stop(
+                    f"this sweep is running already, in {folder}; wait for it, or give another hydra.sweep.dir=",
+                    code=2,
+                )
+            # One that ended in between took its file along: a lock on that keeps nobody off.
+            if os.fstat(file.fileno()).st_nlink == 0:
+                continue
+            try:
+                yield
+            finally:
+                lock.unlink(missing_ok=True)
+            return
 
 
 def _cannot_follow(by: str, sweep: DictConfig) -> str:
