@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from fuzz_lines import BASES, CONF, FILES, FOLDERS, GRIDS, HUGE, ILLEGAL, ODD, SUBCOMMANDS, Line, job_lines, overrides
+from fuzz_lines import BASES, CONF, GRIDS, SUBCOMMANDS, Line, job_lines, overrides
+from fuzz_words import FILES, FOLDERS, HUGE, ILLEGAL, ODD
 from hypothesis import strategies as st
 
 # Options of argparse: its legal values, all cheap; none for a flag. What is not given has a value in BEFORE.

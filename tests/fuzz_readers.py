@@ -1,14 +1,14 @@
 """Readers of outside files under damage: python tests/fuzz_readers.py manifest --seconds 60
 
 Each target writes bytes where a file of a user's is looked for, and reads it: it gives a value or the reader's own
-error. `tests/test_fuzz_readers.py` mutates valid files; here atheris does, guided by lines that it has not reached.
+error. `tests/test_fuzz_readers.py` mutates valid files; here atheris does (the extra `fuzz`),
+guided by lines that it has not reached.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import struct
 import sys
 import tempfile
 import time
@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from fuzz_files import CLAIMS, CONFIG, JOB, MANIFEST, REPORT, WEIGHTS, gguf_file, safetensors
+
 ROOT = Path(__file__).resolve().parent.parent
-SHA = 64 * "0"
 
 
 @dataclass(frozen=True)
@@ -139,9 +140,9 @@ def _job(content: bytes, folder: Path) -> object:
     config, hydra, overrides = [*content.split(b"\n---\n"), b"", b""][:3]
     for name, part in (("config", config), ("hydra", hydra), ("overrides", overrides)):
         _put(folder / f"0/.hydra/{name}.yaml", part)
-    _put(folder / "1/.hydra/config.yaml", _JOB[0])
-    _put(folder / "1/.hydra/hydra.yaml", _JOB[1])
-    _put(folder / "1/.hydra/overrides.yaml", _JOB[2])
+    _put(folder / "1/.hydra/config.yaml", JOB[0])
+    _put(folder / "1/.hydra/hydra.yaml", JOB[1])
+    _put(folder / "1/.hydra/overrides.yaml", JOB[2])
     return found_jobs(folder, InferConfig)
 
 
@@ -207,82 +208,32 @@ def _settings() -> object:
     return InferConfig(ParallelConfig(m=1, n=1), ModelConfig("x", **layers), None, work, LoggerConfig())  # type: ignore
 
 
-def safetensors(header: dict, nbytes: int) -> bytes:
-    text = json.dumps(header).encode()
-    return struct.pack("<Q", len(text)) + text + bytes(nbytes)
-
-
-def _gguf_file() -> bytes:
-    def text(value: bytes) -> bytes:
-        return struct.pack("<Q", len(value)) + value
-
-    fields = text(b"general.architecture") + struct.pack("<I", 8) + text(b"llama")
-    fields += text(b"a.list") + struct.pack("<IIQII", 9, 4, 2, 1, 2)
-    tensor = text(b"x") + struct.pack("<IQIQ", 1, 2, 0, 0)
-    head = b"GGUF" + struct.pack("<IQQ", 3, 1, 2) + fields + tensor
-    return head + bytes(-len(head) % 32) + bytes(32)
-
-
-_MANIFEST = {
-    "format": "helix-checkpoint-2",
-    "tensors": {"x": {"dtype": "float32", "shape": [2], "chunks": [["a.safetensors", [0], [2]]]}},
-    "files": {"a.safetensors": {"sha256": SHA, "nbytes": 80}},
-    "about": {"step": 1, "extra": {"__items__": [[1, 2]]}, "optimizers": [], "models": {}},
-}
-_CLAIMS = b"""papers: {full: {title: A title, setting: of it}}
-claims:
-  - id: one
-    paper: full
-    section: "1"
-    quote: "It is exact."
-    verdict: reproduced
-    why: It is.
-    value: {figure: 2, unit: times}
-    ours: [{label: ours, kind: measured, unit: times, file: run.json, path: "a[1].b", interval: "(low,high)"}]
-    evidence: [{run: run.json}, {source: a book}]
-"""
-_REPORT = b"""{"settings": "DIGEST", "started_at": "2026-01-02T03:04:05+00:00", "tokens_per_s": {"mean": 2.5},
-"wandb": {"id": "abc"}, "reason": "none", "method": {"name": "x", "sizes": [1, 2]}, "validation_bpb": NaN}"""
-_CONFIG = b"""{"model_type": "llama", "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3,
-"vocab_size": 64, "num_key_value_heads": 1, "intermediate_size": 96, "max_position_embeddings": 128,
-"rope_scaling": null}"""
-_JOB = (
-    b"parallel: {method: helix, m: 1, n: 2}\nmodel: {name: x, layers: 1, width: 48, heads: 2, head_dim: 24, "
-    b"mlp_hidden: 64, vocab: 256}\nseed: 1",
-    b"hydra: {job: {num: 3}}",
-    b"[seed=1, parallel.n=2]",
-)
-_WEIGHTS = safetensors(
-    {"__metadata__": {"helix": "{}"}, "x": {"dtype": "F32", "shape": [2, 1], "data_offsets": [0, 8]}}, 8
-)
-
-
 @cache
 def targets() -> dict[str, Target]:
     """Every reader, by name."""
     from helix.checkpoint.manifest import seal
 
     own, refused = ("ConfigError", "PartitionError"), ("CheckpointError",)
-    body = json.dumps(_MANIFEST, separators=(",", ":"))[1:].encode()
+    body = json.dumps(MANIFEST, separators=(",", ":"))[1:].encode()
     hardware = (ROOT / "conf/hardware/h200.yaml").read_bytes()
     curves = b"name: x\nsource: y\nturns: {ranks: [1, 2], times: [1.0, 2.0], low: [1, 1], high: [2, 3]}\n"
     curves += b"exchanges: [{kind: all_reduce, ranks: 2, group: 2, bytes: [1], us: [2], low: [1], high: [3]}]\n"
     return {
-        "manifest": Target(_manifest, (seal(_MANIFEST).encode(), b'{"sha256":"0",' + body), refused),
+        "manifest": Target(_manifest, (seal(MANIFEST).encode(), b'{"sha256":"0",' + body), refused),
         "sealed": Target(_sealed, (body,), refused),
-        "claims": Target(_ledger, (_CLAIMS, b"{}", b"claims: &a [*a]"), ("LedgerError", *own)),
+        "claims": Target(_ledger, (CLAIMS, b"{}", b"claims: &a [*a]"), ("LedgerError", *own)),
         "hardware": Target(_hardware, (hardware, curves), own),
         "calibration": Target(_calibration, (hardware, curves), own),
-        "config": Target(_config, (_CONFIG, b'{"model_type": "gpt2"}'), own),
+        "config": Target(_config, (CONFIG, b'{"model_type": "gpt2"}'), own),
         "index": Target(_index, (b'{"weight_map": {"x": "a.safetensors"}}',), refused),
-        "weights": Target(_weights, (_WEIGHTS,), refused),
-        "import": Target(_imported, (_WEIGHTS,), refused),
+        "weights": Target(_weights, (WEIGHTS,), refused),
+        "import": Target(_imported, (WEIGHTS,), refused),
         "template": Target(_template, (b'{"chat_template": "x"}',)),
-        "outcome": Target(_outcome, (_REPORT, b"[]")),
-        "job": Target(_job, (b"\n---\n".join(_JOB), b"a: [")),
-        "report": Target(_report, (_REPORT, b'{"wandb": null}')),
+        "outcome": Target(_outcome, (REPORT, b"[]")),
+        "job": Target(_job, (b"\n---\n".join(JOB), b"a: [")),
+        "report": Target(_report, (REPORT, b'{"wandb": null}')),
         "figure": Target(_figure, (b'a[1].b\n{"a": [1, {"b": 2}]}', b"[0].x\nx,y\n1,2\n", b"a.*\n{}"), own),
-        "gguf": Target(_gguf, (_gguf_file(), b"GGUF"), refused),
+        "gguf": Target(_gguf, (gguf_file(), b"GGUF"), refused),
         "wandb": Target(_wandb, (b":W&B\xf2\x00" + bytes(30),), ("FileNotFoundError",)),
         "text": Target(_text, (b"words",), ("ValueError",)),
     }
