@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import struct
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
-from fuzz_readers import check, safetensors, targets
+from fuzz_files import safetensors
+from fuzz_readers import ROOT, check, targets
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
@@ -155,3 +160,13 @@ def test_damaged_files_give_a_value_or_the_readers_error(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(targets()))
 def test_thousands_of_damaged_files(name: str) -> None:
     _mutated(name, examples={"wandb": 40, "hardware": 80, "calibration": 80, "job": 200}.get(name, 1000))
+
+
+@pytest.mark.fuzz
+@pytest.mark.skipif(find_spec("atheris") is None, reason="no atheris: pip install -e '.[fuzz]', Linux on x86-64 only")
+@pytest.mark.parametrize("name", ["claims", "gguf"])
+def test_damage_guided_by_coverage(name: str, tmp_path: Path) -> None:
+    command = [sys.executable, "tests/fuzz_readers.py", name, "--seconds=8", "--keep", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=110)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "stat::number_of_executed_units" in done.stderr
