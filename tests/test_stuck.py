@@ -3,24 +3,64 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import time
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from mutations_stuck import ODD, STUCK
 from ranks import on_ranks
 
 import helix.comm.debug  # noqa: F401  the ranks share the import
 from helix import Grid, Mesh
+from helix.__main__ import main
 from helix.comm import flight, transport
 from helix.comm.agreement import compare
 from helix.comm.checking import Disagreement
 from helix.comm.debug import checked
+from helix.comm.launch import launch
 from helix.comm.parting import ranks_in_words
 from helix.comm.records import read, verdict
-from helix.config.environment import debug_limit_s
+from helix.config.check import check_started
 from helix.config.schema import ConfigError
+
+
+def _disagree(folder: Path) -> list[tuple[str, float]]:
+    """What this rank raises of each, and after how long; what it has come to by then, in the folder."""
+    mesh, found = Mesh(Grid(2, 2)), []
+    with checked():  # what is slow the first time is no rank's fault
+        dist.barrier()
+    for stuck in STUCK:
+        began, said = time.monotonic(), ""
+        try:
+            with checked(1):
+                stuck.work(mesh, dist.get_rank() == ODD)
+        except (Disagreement, ValueError) as error:
+            said = str(error)
+        found.append((said, time.monotonic() - began))
+        dist.barrier()  # nothing that was refused has begun, so the groups are as they were
+    flight.write(folder)
+    return found
+
+
+def test_ranks_that_disagree_are_named_on_every_rank(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    # capfd, not capsys: torch elastic enables the fault handler on a rank's stderr, which must be a file
+    found = on_ranks(4, _disagree, tmp_path, timeout_s=60)
+    for number, stuck in enumerate(STUCK):
+        said = [each[number][0] for each in found]
+        waited = [rank for rank in range(4) if rank != ODD or stuck.waits]
+        texts = {said[rank] for rank in waited} - {""}
+        assert len(texts) == 1, f"{stuck.name}: {said}"
+        assert re.fullmatch(stuck.said, texts.pop()), f"{stuck.name}: {said}"
+        assert max(each[number][1] for each in found) < 10, stuck.name
+    main(["flight", str(tmp_path)])
+    out = " ".join(capfd.readouterr().out.split())
+    assert (
+        "rank 3 came to collective 1 of the default_pg axis (ranks 0-3) with broadcast/default_pg [4] float32" in out
+    )
 
 
 def _right(folder: Path) -> list[str]:
@@ -80,8 +120,9 @@ def test_the_environment_asks_for_debug_mode(tmp_path: Path, monkeypatch: pytest
 )
 def test_a_wrong_environment_is_refused(name: str, value: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, value)
-    with pytest.raises(ConfigError, match=said):
-        debug_limit_s()
+    for refused in (lambda: check_started(1), lambda: launch(os.getpid, ranks=1)):  # a command's check, and a call's
+        with pytest.raises(ConfigError, match=said):
+            refused()
 
 
 def test_what_is_no_record_is_refused(tmp_path: Path) -> None:

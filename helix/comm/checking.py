@@ -34,6 +34,7 @@ from helix.comm.waiting import Spot, circle
 
 # One word of the store holds how many have come, and above these bits the sum of what they have come with.
 _BITS = 12
+_GIVEN_UP = 2 ** (_BITS - 1)  # added to how many have come, once one of them no longer waits
 _SHARE = 2**24  # digests of shares are below, so that a sum of 1,024 ranks fits the word
 _POLL_S = (5e-5, 0.02)  # first, and at most
 _LOOK_S = 0.3  # how often a rank that waits looks where the others are
@@ -92,15 +93,20 @@ class Checks:
         key, size = f"{course.name}/{entry.number}", len(course.ranks)
         mark = zlib.crc32(what.encode())
         found = self._store.add(key, 1 + (mark + _balance(self._spot.rank, course.ranks, rows) << _BITS))
-        if found % 2**_BITS == size:  # the others may have given this one up
-            self._heed()
 
         def all_here() -> bool:
             nonlocal found
             found = found if found % 2**_BITS == size else self._store.add(key, 0)
+            if found % 2**_BITS > size:
+                self._heed()
             return found % 2**_BITS == size
 
-        self._until(entry, all_here, course.ranks)
+        try:
+            self._until(entry, all_here, course.ranks)
+        except Disagreement:
+            if self._give_up(key, size):
+                raise
+            all_here()  # the last has come meanwhile, and the others go on
         if found >> _BITS != mark * size:
             self._tell_apart(entry, rows is not None)
         if self._spot.rank == course.ranks[0]:
@@ -149,8 +155,17 @@ class Checks:
             if now - looked >= _LOOK_S:
                 self._look(entry, of, now - began)
                 looked = now
-        if looked != began:
-            self._heed()
+
+    def _give_up(self, key: str, size: int) -> bool:
+        """Leave a collective, unless all have come: then some have begun it, and would wait for this rank for ever."""
+        while True:
+            held = self._store.get(key)
+            came = int(held) % 2**_BITS
+            if came >= size:
+                return came > size
+            left = str(int(held) + _GIVEN_UP)
+            if self._store.compare_set(key, held.decode(), left).decode() == left:
+                return True
 
     def _heed(self) -> None:
         """Raise what another rank has found."""
