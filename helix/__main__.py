@@ -17,6 +17,7 @@ from helix.checkpoint import command as checkpoint_command
 from helix.checkpoint.content import CheckpointError
 from helix.claims import command as claims_command
 from helix.command.sentences import complain, told
+from helix.config.environment import tell_launcher
 from helix.config.schema import ConfigError
 from helix.config.secrets import refuse_secrets
 from helix.partition.grid import PartitionError
@@ -71,6 +72,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def _stop(reason: str, code: int) -> NoReturn:
     complain(reason)
+    tell_launcher(reason)
     raise SystemExit(code)
 
 

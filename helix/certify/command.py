@@ -68,6 +68,7 @@ def run(options: argparse.Namespace) -> None:
     except (ConfigError, PartitionError, RuntimeError) as error:
         if environment.speaks():
             raise
+        environment.tell_launcher(str(error))
         raise SystemExit(1 if isinstance(error, RuntimeError) else 2) from None
 
 

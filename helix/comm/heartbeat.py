@@ -26,6 +26,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,10 @@ import torch.distributed as dist
 
 from helix.comm import activity, failure, flight
 from helix.comm.failure import RankError
+from helix.comm.heartbeat_link import FIRST_BYTES, LINE_BYTES, Line
+from helix.comm.hosts import hosts_of
+from helix.comm.parting import ranks_in_words
+from helix.config.environment import tell_launcher
 
 BEAT_S = 2.0
 # The thread beats between others' turns at Python's lock, which no single call holds for so long.
@@ -45,33 +50,9 @@ _ECHO_S = 0.5
 # How long the others wait before they end, since the launcher then stops the one that still has something to say.
 _GRACE_S = 1.0
 _TICK_S = 0.25
-_LINE_BYTES = 1 << 20
-
-
-class _Line:
-    """A connection on which each line is a JSON object."""
-
-    def __init__(self, link: socket.socket) -> None:
-        link.settimeout(BEAT_S)  # of one whose rank does not read; it is silent, too
-        self.link, self._rest = link, b""
-
-    def fileno(self) -> int:
-        return self.link.fileno()
-
-    def send(self, words: dict[str, Any]) -> None:
-        with suppress(OSError):  # that it is closed, reading tells
-            self.link.sendall(json.dumps(words).encode() + b"\n")
-
-    def read(self) -> list[dict[str, Any]] | None:
-        """What has come; None if it is closed, or no rank's."""
-        try:
-            if not (got := self.link.recv(1 << 16)) or len(self._rest) > _LINE_BYTES:
-                return None
-            *lines, self._rest = (self._rest + got).split(b"\n")
-            words = [json.loads(line) for line in lines]
-        except (OSError, ValueError):
-            return None
-        return words if all(isinstance(each, dict) for each in words) else None
+# A rank whose connection closes may have been stopped with all others, as this one will be; torchrun stops the others
+# of one that died after 0.1 s.
+_DOUBT_S = 0.05
 
 
 @dataclass
@@ -84,9 +65,13 @@ class _Peer:
     pid: int = 0
     phase: str = activity.START
     last: str = ""
-    line: _Line | None = None
+    line: Line | None = None
     silent_s: float = 0.0
     parted: bool = False
+
+    def lost(self, what: str, more: str = "") -> RankError:
+        last = f"its last collective was {self.last}" if self.last else ""
+        return RankError(self.rank, self.host, self.phase, what, ", ".join(filter(None, (more, last))))
 
 
 class Heartbeat:
@@ -100,10 +85,12 @@ class Heartbeat:
 
     def __init__(self, store: dist.Store, number: int, said: list[str]) -> None:
         self._number, self._said = number, said
-        others = range(1, len(said)) if number == 0 else range(1)
-        self._peers = [_Peer(other, said[other].partition(" ")[0], other) for other in others]
+        others, known = range(1, len(said)) if number == 0 else range(1), hosts_of(said)
+        self._peers = [_Peer(other, known.where(other), other) for other in others]
+        self._rank = number
         self._own: RankError | None = None
         self._raised: list[RankError] = []
+        self._closed: list[tuple[float, _Peer]] = []  # when, and whose connection
         self._waited = 0.0  # since when, for what may have been before it
         self._decided, self._told = threading.Event(), False
         self._verdict: RankError | None = None
@@ -117,6 +104,12 @@ class Heartbeat:
         self._thread.start()
         activity.listen(self._wake)
 
+    def place(self, positions: Sequence[int]) -> None:
+        """From now on, call each process by its position on the mesh, which the launcher's number need not be."""
+        self._rank = positions[self._number]
+        for peer in self._peers:
+            peer.rank = positions[peer.number]
+
     def leave(self) -> None:
         """Tell the others that this rank has done its work, and stop."""
         activity.listen(None)
@@ -128,12 +121,12 @@ class Heartbeat:
         """Tell the others what this rank raised; returns if it is to be raised, as no lost rank is behind it."""
         activity.listen(None)
         trace = "".join(traceback.format_exception(error))
-        self._own = failure.raised(self._rank(), activity.current(), error, trace)
+        self._own = failure.raised(self._rank, activity.current(), error, trace)
         self._wake()
         self._decided.wait(SILENT_S)
         if self._verdict is not None and not self._verdict.trace:
             self._thread.join()  # it ends this process
-        error.__cause__ = error.__cause__ or self._own
+        error.__cause__ = self._own  # whose trace has the error's own cause
 
     def _listen(self, store: dist.Store) -> None:
         """On loopback where all ranks are of one host, else where the launcher's variables say that rank 0 is."""
@@ -148,20 +141,25 @@ class Heartbeat:
 
     def _connect(self, store: dist.Store) -> None:
         address, port, token = json.loads(store.get("heartbeat"))
-        line = _Line(socket.create_connection((address, port), timeout=SILENT_S))
+        line = Line(socket.create_connection((address, port), timeout=SILENT_S))
         line.send({"token": token, "number": self._number})
         self._peers[0].line = line
         self._selector.register(line, selectors.EVENT_READ, self._peers[0])
-
-    def _rank(self) -> int:
-        """As messages call it: a position on the mesh, which the launcher's number need not be."""
-        return dist.get_rank() if dist.is_initialized() else self._number
 
     def _wake(self) -> None:
         with suppress(OSError):
             self._bell.send(b"!")
 
     def _run(self) -> None:
+        try:
+            self._watch()
+        except Exception as error:  # a rank that fell silent for that would be taken for a lost one
+            words = f"rank {self._rank} goes on unwatched: its heartbeat failed ({type(error).__name__}: {error})"
+            print(words, file=sys.stderr, flush=True)
+            self._say({"bye": True})
+        self._close()
+
+    def _watch(self) -> None:
         before, beaten = time.monotonic(), 0.0
         while not self._leaving:
             now = time.monotonic()
@@ -172,7 +170,7 @@ class Heartbeat:
             if now - beaten >= BEAT_S:
                 beaten = now
                 self._say(self._state())
-            for key, _ in self._selector.select(_TICK_S):
+            for key, _ in self._selector.select(_DOUBT_S if self._closed else _TICK_S):
                 if key.fileobj is self._woken:
                     self._woken.recv(64)
                     beaten = 0.0
@@ -180,14 +178,12 @@ class Heartbeat:
                     self._hear(key)
             if (found := self._verdict or self._decide()) is not None:
                 self._end(found)
-                break
-        else:
-            self._say({"bye": True})
-        self._close()
+                return
+        self._say({"bye": True})
 
     def _state(self) -> dict[str, Any]:
-        state = {"rank": self._rank(), "pid": os.getpid(), "phase": activity.current(), "last": flight.last()}
-        return state | ({} if self._own is None else {"raised": self._own.args})
+        state = {"pid": os.getpid(), "phase": activity.current(), "last": flight.last()}
+        return state | ({} if self._own is None else {"raised": self._own.short()})
 
     def _say(self, words: dict[str, Any]) -> None:
         for peer in self._peers:
@@ -196,72 +192,83 @@ class Heartbeat:
 
     def _hear(self, key: selectors.SelectorKey) -> None:
         if key.fileobj is getattr(self, "_server", None):
-            self._selector.register(_Line(self._server.accept()[0]), selectors.EVENT_READ)
+            link, _ = self._server.accept()
+            if len(self._selector.get_map()) < 2 * len(self._said) + 8:
+                self._selector.register(Line(link, FIRST_BYTES), selectors.EVENT_READ)
+            else:  # strangers
+                link.close()
             return
         line, peer = key.fileobj, key.data
-        assert isinstance(line, _Line)
+        assert isinstance(line, Line)
         said = line.read()
         if said is None:
-            self._selector.unregister(line)
-            line.link.close()
-            if peer is not None and not peer.parted and self._verdict is None:
-                what = "was lost (its process ended without a word)"
-                self._verdict = RankError(peer.rank, peer.host, peer.phase, what)
+            self._refuse(line)
+            if peer is not None and not peer.parted:
+                self._closed.append((time.monotonic(), peer))
             return
         for words in said:
             peer = peer or self._introduced(line, words)
-            if peer is not None:
-                self._note(peer, words)
+            if peer is None:
+                self._refuse(line)
+                return
+            self._note(peer, words)
 
-    def _introduced(self, line: _Line, words: dict[str, Any]) -> _Peer | None:
-        """The rank whose first line this is; a stranger's connection is closed."""
+    def _refuse(self, line: Line) -> None:
+        self._selector.unregister(line)
+        line.link.close()
+
+    def _introduced(self, line: Line, words: dict[str, Any]) -> _Peer | None:
+        """The rank whose first line this is; None if it is a stranger's."""
         number = words.get("number")
         if words.get("token") != self._token or not isinstance(number, int) or not 0 < number < len(self._said):
-            self._selector.unregister(line)
-            line.link.close()
             return None
         peer = self._peers[number - 1]
-        peer.line = line
+        peer.line, line.most = line, LINE_BYTES
         self._selector.modify(line, selectors.EVENT_READ, peer)
         return peer
 
     def _note(self, peer: _Peer, words: dict[str, Any]) -> None:
         peer.silent_s = 0.0
-        for name in ("rank", "pid", "phase", "last"):
+        for name in ("pid", "phase", "last"):
             setattr(peer, name, words.get(name, getattr(peer, name)))
         peer.parted = peer.parted or "bye" in words
         if "raised" in words and all(each.rank != peer.rank for each in self._raised):
             self._raised.append(RankError(*words["raised"]))
         if "verdict" in words:
             self._verdict, self._told = RankError(*words["verdict"]), True
+            self._kill(words.get("silent", []))
 
     def _decide(self) -> RankError | None:
         """What ends the job, if anything does."""
-        silent = [peer for peer in self._peers if not peer.parted and peer.silent_s >= SILENT_S]
-        if silent:
-            first = silent[0]
-            # Those of its host fell silent within the same two beats.
-            too = [each.rank for each in self._peers if each is not first and each.silent_s >= SILENT_S - 2 * BEAT_S]
-            more = f"as was rank {', '.join(map(str, too))}" if too else ""
-            last = f"its last collective was {first.last}" if first.last else ""
+        now = time.monotonic()
+        if self._closed and now - self._closed[0][0] >= _DOUBT_S and not failure.stopping():
+            return self._closed[0][1].lost("was lost (its process ended without a word)")
+        if (silent := self._silent()) and silent[0].silent_s >= SILENT_S:
+            more = f"so are {ranks_in_words([each.rank for each in silent[1:]])}" if silent[1:] else ""
             what = f"was lost (stopped, or cut off: nothing was heard of it for {SILENT_S:.0f} s)"
-            return RankError(first.rank, first.host, first.phase, what, ", ".join(filter(None, (more, last))))
+            return silent[0].lost(what, more)
         if self._number == 0 and self._own is not None and self._own not in self._raised:
             self._raised.insert(0, self._own)  # what all raise alike, rank 0 says
         if self._number != 0 or not self._raised:
             return None
-        self._waited = self._waited or time.monotonic()
-        return self._raised[0] if time.monotonic() - self._waited >= _ECHO_S else None
+        self._waited = self._waited or now
+        return self._raised[0] if now - self._waited >= _ECHO_S else None
+
+    def _silent(self) -> list[_Peer]:
+        """Who is not heard of, the longest first: those of one host fall silent within the same two beats."""
+        found = [each for each in self._peers if not each.parted and each.silent_s >= SILENT_S - 2 * BEAT_S]
+        return sorted(found, key=lambda each: -each.silent_s)
 
     def _end(self, verdict: RankError) -> None:
         """End this process, unless its main thread is raising what says the same."""
         self._verdict = verdict
         if self._number == 0:
-            self._say({"verdict": verdict.args})
+            self._say({"verdict": verdict.short(), "silent": [[each.number, each.pid] for each in self._silent()]})
         self._decided.set()
         if self._own is not None and verdict.trace:
             return
-        self._kill_silent()
+        self._kill([(each.number, each.pid) for each in self._silent()])
+        tell_launcher(str(verdict))
         if self._speaks():
             print(f"{Path(sys.argv[0]).name}: error: {verdict}", file=sys.stderr, flush=True)
             failure.tell(verdict)
@@ -280,20 +287,16 @@ class Heartbeat:
         local = int(os.environ.get("LOCAL_RANK", self._number))
         return local == (1 if self._said[0] == self._said[self._number] else 0)
 
-    def _kill_silent(self) -> None:
-        """A stopped rank of this host would outlive torchrun's SIGTERM by 30 s."""
-        for peer in self._peers:
-            if (
-                peer.pid
-                and peer.silent_s >= SILENT_S - 2 * BEAT_S
-                and self._said[peer.number] == self._said[self._number]
-            ):
-                with suppress(OSError):
-                    os.kill(peer.pid, signal.SIGKILL)
+    def _kill(self, silent: Iterable[Sequence[int]]) -> None:
+        """A stopped rank of this host, by number and process, would outlive torchrun's SIGTERM by 30 s."""
+        for number, pid in silent:
+            with suppress(OSError):
+                if pid and self._said[number] == self._said[self._number]:
+                    os.kill(pid, signal.SIGKILL)
 
     def _close(self) -> None:
         for key in list(self._selector.get_map().values()):
             each: Any = key.fileobj
-            (each.link if isinstance(each, _Line) else each).close()
+            (each.link if isinstance(each, Line) else each).close()
         self._selector.close()
         self._bell.close()

@@ -71,6 +71,7 @@ def stop(reason: str, code: int) -> NoReturn:
     reason = " ".join(reason.split())
     if environment.speaks():
         print(f"{Path(sys.argv[0]).name}: error: {reason}", file=sys.stderr)
+    environment.tell_launcher(reason)
     raise Stop(code, reason)
 
 
@@ -121,6 +122,7 @@ def check_agreed(this: Command, jobs: Sequence[Settings]) -> None:
             f"{launcher.rank}, which has other cores or memory; name the layout, or give hardware="
         )
         print(f"{Path(sys.argv[0]).name}: error: {said}", file=sys.stderr)
+        environment.tell_launcher(said)
         raise Stop(2, said)
 
 
@@ -141,15 +143,15 @@ def settle(this: Command, cfg: DictConfig, folder: str | None = None, where: str
     misfit = None
     try:
         one: Settings = typed(cfg, this.conf)
-        named = {} if folder is None else {folder: str(OmegaConf.select(cfg, folder))}
-        refuse_secrets({"the command line": sys.argv[1:], **asdict(one), **named})
+        refuse_secrets({"the command line": sys.argv[1:], **asdict(one)})
         try:
             one = choose(one)
             check_chosen(one)
             this.check(one)
         except (PartitionError, Misfit) as error:
             misfit = str(error)
-        if folder is not None:
+        if folder is not None:  # whose name may be made of the method's, which is legal by now
+            refuse_secrets({folder: str(OmegaConf.select(cfg, folder))})
             check_folder(cfg, folder)
     except SecretError as error:
         stop(str(error), code=2)  # `where` may hold it, too

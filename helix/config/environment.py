@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
+import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,6 +69,21 @@ def started() -> Started | None:
 def speaks() -> bool:
     """Whether this process is the one of its job that talks to the user."""
     return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+
+
+def tell_launcher(reason: str) -> None:
+    """Leave the sentence with which this process ends to torchrun, whose report would otherwise show a link instead.
+
+    In the form of torch.distributed.elastic.multiprocessing.errors, whose own writer is for exceptions with a trace.
+    """
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not path or Path(path).is_char_device():  # not wanted
+        return
+    content = {"message": {"message": reason, "extraInfo": {"timestamp": str(int(time.time()))}}}
+    draft = Path(path).with_suffix(".draft")
+    with suppress(OSError):  # half a file, on a full disk, would end torchrun with a traceback
+        draft.write_text(json.dumps(content))
+        draft.replace(path)
 
 
 def gpus() -> int:
