@@ -268,7 +268,7 @@ class _First:
 
 def _furnish(host: Host, names: Path) -> None:
     """Its own host name, names of hosts, shared memory and view of its devices."""
-    mounts = f"mount --bind {names} /etc/hosts; mount -t tmpfs tmpfs /dev/shm; mount -t sysfs sysfs /sys"
+    mounts = f"mount --bind {names} /etc/hosts; mount -t tmpfs tmpfs /dev/shm"
     _tool([*_enter(host.init, NAMESPACES), "sh", "-ec", f"hostname {host.name}; {mounts}"])
 
 

@@ -23,17 +23,16 @@ def forked(folder: Path, *words: str) -> dict[str, Any]:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("grid", ["helix_2x2", "helix_4x4"])
-def test_two_hosts_compute_what_one_does_and_send_what_is_predicted(grid: str, tmp_path: Path) -> None:
-    method = [f"parallel={grid}", *TINY]
+def test_two_hosts_compute_what_one_does_and_send_what_is_predicted(tmp_path: Path) -> None:
+    """All jobs in one start of torchrun, whose 16 interpreters take most of the time."""
+    method = ["parallel=helix_4x4", *TINY]
     more = 10
     lines = [
         [*method, f"parallel.placement={placement}", f"workload.iterations={steps}"]
         for placement in ("slices_inside", "slices_across")
         for steps in (2, 2 + more // 2)
     ]
-    ranks = 2 if grid == "helix_2x2" else 8
-    carried = jobs(tmp_path / "two", ranks, lines)
+    carried = jobs(tmp_path / "two", 8, lines)
     one = forked(tmp_path / "one", *method)
     reports = [read(tmp_path / "two" / str(number)) for number in range(4)]
     bits = {report["accuracy"]["output_sha256"] for report in reports}
@@ -52,7 +51,7 @@ def test_two_hosts_compute_what_one_does_and_send_what_is_predicted(grid: str, t
     assert inside < across
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(300)
 def test_a_training_goes_on_after_a_host_lost_a_rank(tmp_path: Path) -> None:
     """On hosts whose own name is a loopback address, as Debian installs it: gloo is told the interface."""
     tiny = ["model=tiny", "model.layers=1", "logger=none", "data.batch_size=4", "data.seq_len=16"]
@@ -73,9 +72,8 @@ def test_a_training_goes_on_after_a_host_lost_a_rank(tmp_path: Path) -> None:
     report = read(tmp_path / "run", "train_report.json")
     assert report["hosts"]["ranks"] == {"host1": [0, 1], "host2": [2, 3]}
     undisturbed = tmp_path / "one"
-    subprocess.run(
-        [sys.executable, *words, f"hydra.run.dir={undisturbed}"], cwd=ROOT, check=True, timeout=60, capture_output=True
-    )
+    command = [sys.executable, *words, f"hydra.run.dir={undisturbed}"]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=90, capture_output=True)
     assert report["losses"] == read(undisturbed, "train_report.json")["losses"]
 
 

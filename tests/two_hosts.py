@@ -38,11 +38,18 @@ def measured(rate: str, ranks: int, rounds: int, words: list[str]) -> dict[str, 
     assert len({report["accuracy"]["output_sha256"] for report in reports}) == 1
     step_ms = {one: [r["step_ms"]["mean"] for r, at in zip(reports, order, strict=True) if at == one] for one in order}
     ratio = ratio_interval(step_ms[ACROSS], step_ms[INSIDE])
+    found = {one: of(one, order, reports, carried, rate) for one in (INSIDE, ACROSS)}
+    inside, across = found[INSIDE], found[ACROSS]
     return {
         "rate": rate,
         "ranks": ranks,
         "across_over_inside": {"ratio": ratio.ratio, "ci95": ratio.ci95, "pairs": ratio.pairs},
-        "placements": {one: of(one, order, reports, carried, rate) for one in (INSIDE, ACROSS)},
+        # What the link alone would add is the prediction, where cores have as much to do in both.
+        "across_less_inside_ms": {
+            "measured": across["step_ms"]["mean"] - inside["step_ms"]["mean"],
+            "predicted": across["link_alone_ms"] - inside["link_alone_ms"],
+        },
+        "placements": found,
     }
 
 
@@ -90,7 +97,10 @@ def main() -> None:
         sizes = each["bytes_a_step"]
         print(f"{name:14} step {step['mean']:8.1f} ms, the link alone {link:8.1f} ms, bytes {sizes['pairs']}")
     ratio = content["across_over_inside"]
-    print(f"across / inside {ratio['ratio']:.2f} ({ratio['ci95'][0]:.2f} .. {ratio['ci95'][1]:.2f})")
+    low, high = ratio["ci95"]
+    print(f"across / inside {ratio['ratio']:.2f} ({low:.2f} .. {high:.2f}, {ratio['pairs']} pairs)")
+    more = content["across_less_inside_ms"]
+    print(f"across - inside {more['measured']:.1f} ms, by the link alone {more['predicted']:.1f} ms")
 
 
 if __name__ == "__main__":
