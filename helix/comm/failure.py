@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+_TEXT = 1 << 14  # characters of an error's words, and of its trace, that other ranks are told
+
 
 class RankError(RuntimeError):
     """A rank that was lost, or whose error ended the others.
@@ -28,6 +30,11 @@ class RankError(RuntimeError):
     def __init__(self, rank: int, host: str, phase: str, what: str, detail: str = "", trace: str = "") -> None:
         super().__init__(rank, host, phase, what, detail, trace)  # what pickle gives back
         self.rank, self.host, self.phase, self.what, self.detail, self.trace = rank, host, phase, what, detail, trace
+
+    def short(self) -> tuple[int | str, ...]:
+        """What makes it again elsewhere, of a bounded length."""
+        *others, detail, trace = self.args
+        return *others, detail[:_TEXT], trace[-_TEXT:]
 
     def __str__(self) -> str:
         more = f": {self.detail}" if self.detail else ""
@@ -60,6 +67,7 @@ def _kills() -> int | None:
 
 
 _told: list[Callable[[RankError], object]] = []
+_stopping = False
 
 
 @contextmanager
@@ -72,9 +80,19 @@ def told(keep: Callable[[RankError], object]) -> Iterator[None]:
         _told.remove(keep)
 
 
+def stop() -> None:
+    """Note that this process was told to stop: that others end as well is then no fault of theirs."""
+    global _stopping
+    _stopping = True
+
+
+def stopping() -> bool:
+    return _stopping
+
+
 def tell(error: RankError) -> None:
-    """Have those who asked for it, the last one first, keep what can be kept; this process is about to end."""
-    for keep in reversed(_told):
+    """Have those who asked for it, the first one first, keep what can be kept; this process is about to end."""
+    for keep in _told:
         with suppress(Exception):  # the others' share, and the end itself, do not depend on it
             keep(error)
 

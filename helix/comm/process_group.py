@@ -12,7 +12,7 @@ import json
 import os
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from datetime import timedelta
 from types import TracebackType
 from uuid import uuid4
@@ -67,7 +67,7 @@ class ProcessGroup:
     ) -> None:
         self.device, self.timeout = device, timedelta(seconds=timeout_s)
         self.placement, self.slices = placement, slices
-        self._debug = ExitStack()
+        self._undo = ExitStack()  # of what is this group's, and the process's
         self._watched = watched
         self._heartbeat: Heartbeat | None = None
 
@@ -82,17 +82,16 @@ class ProcessGroup:
             self._heartbeat = Heartbeat(store, number, said)
         try:
             self._join(store, number, said)
-        except PartitionError:  # no rank's fault: all raise it
-            if self._heartbeat is not None:
-                self._heartbeat.leave()
-            raise
-        except Exception as error:
-            self._blame(error)
+        except BaseException as error:
+            # A placement that the hosts cannot keep is no rank's fault: all raise it.
+            self._part(error, blame=not isinstance(error, PartitionError))
             raise
 
     def _join(self, store: dist.Store, number: int, said: list[str]) -> None:
         placed, refused = self._place(said)
         rank = placed.positions[number]
+        if self._heartbeat is not None:
+            self._heartbeat.place(placed.positions)
         choose_interface(store, number, hosts_of(said).of)
         dist.init_process_group(
             "nccl" if self.device == "cuda" else "gloo",
@@ -108,11 +107,13 @@ class ProcessGroup:
             raise refused
         by_rank = sorted(zip(placed.positions, said, strict=True))
         _hosts.append(hosts_of([host for _, host in by_rank], placed.taken))
-        self._launchers_number, os.environ["RANK"] = os.environ["RANK"], str(rank)
+        self._undo.callback(_hosts.pop)
+        self._undo.callback(os.environ.__setitem__, "RANK", os.environ["RANK"])
+        os.environ["RANK"] = str(rank)
         if (limit_s := debug_limit_s()) is not None:
             from helix.comm.debug import checked  # brings DTensor
 
-            self._debug.enter_context(checked(limit_s))
+            self._undo.enter_context(checked(limit_s))
 
     def _place(self, said: list[str]) -> tuple[Placed, PartitionError | None]:
         """Every process's position by what they said of their hosts; if there is none, why."""
@@ -125,23 +126,35 @@ class ProcessGroup:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._debug.__exit__(kind, error, trace)
         if error is not None:
-            flight.write(reason=f"{type(error).__name__}: {error}")
-        self._blame(error)
-        os.environ["RANK"] = self._launchers_number
-        _hosts.pop()
-        # After an error the others may be stuck in a collective, and destroying the group would wait for them.
-        if kind is None and dist.is_initialized():
-            dist.barrier()  # another may still be connecting a group of its own
-            dist.destroy_process_group()
+            with suppress(Exception):  # the group may be gone; what is raised is why
+                flight.write(reason=f"{type(error).__name__}: {error}")
+            self._part(error)
+            return
+        try:
+            self._undo.close()
+            # After an error the others may be stuck in a collective, and destroying the group would wait for them.
+            if dist.is_initialized():
+                dist.barrier()  # another may still be connecting a group of its own
+                dist.destroy_process_group()
+        except BaseException as late:
+            self._part(late)
+            raise
         _forget_parts()
-        if self._heartbeat is not None and error is None:
+        if self._heartbeat is not None:
             self._heartbeat.leave()
 
-    def _blame(self, error: BaseException | None) -> None:
-        if self._heartbeat is not None and isinstance(error, Exception):
+    def _part(self, error: BaseException, blame: bool = True) -> None:
+        """Put back what is the process's, and have the other ranks know of an error."""
+        with suppress(Exception):  # debug mode's store may be gone
+            self._undo.__exit__(type(error), error, error.__traceback__)
+        _forget_parts()
+        if self._heartbeat is None:
+            return
+        if blame and isinstance(error, Exception):
             self._heartbeat.blame(error)
+        else:  # or this rank was told to stop
+            self._heartbeat.leave()
 
 
 def _forget_parts() -> None:

@@ -34,7 +34,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from helix.comm import activity
-from helix.comm.failure import told
+from helix.comm.failure import stop, told
 from helix.config.schema import ConfigError
 from helix.study.left import HISTORY
 from helix.study.report import Tracked
@@ -230,6 +230,7 @@ def _watch(receiver: socket.socket, tracker: Tracker) -> None:
 
 def _end(tracker: Tracker, exit_code: int) -> None:
     """Finish the run and end the process, within a bounded time. Nothing else of the rank's state is at stake."""
+    stop()
     tracker.fail(exit_code)
     for stream in (sys.stdout, sys.stderr):
         with suppress(Exception):

@@ -1,0 +1,43 @@
+"""One connection of the heartbeat: lines of JSON, of a bounded length, from ranks and perhaps from strangers."""
+
+from __future__ import annotations
+
+import json
+import socket
+from typing import Any
+
+LINE_BYTES, FIRST_BYTES = 1 << 20, 1 << 10  # of a rank's line; of who has not said yet who it is
+_SEND_S = 2.0
+
+
+class Line:
+    """A connection on which each line is a JSON object of at most `most` bytes."""
+
+    def __init__(self, link: socket.socket, most: int = LINE_BYTES) -> None:
+        link.settimeout(_SEND_S)  # of one whose rank does not read; it is silent, too
+        self.link, self.most, self._rest, self._broken = link, most, b"", False
+
+    def fileno(self) -> int:
+        return self.link.fileno()
+
+    def send(self, words: dict[str, Any]) -> None:
+        """Say something, if the other still reads."""
+        if self._broken:
+            return
+        try:
+            self.link.sendall(json.dumps(words).encode() + b"\n")
+        except OSError:  # that it is closed, reading tells; what came after half a line could not be read
+            self._broken = True
+
+    def read(self) -> list[dict[str, Any]] | None:
+        """What has come; None if it is closed, or no rank's."""
+        try:
+            if not (got := self.link.recv(1 << 16)):
+                return None
+            *lines, self._rest = (self._rest + got).split(b"\n")
+            if max(map(len, (*lines, self._rest))) > self.most:
+                return None
+            words = [json.loads(line) for line in lines]
+        except (OSError, ValueError, RecursionError):
+            return None
+        return words if all(isinstance(each, dict) for each in words) else None
