@@ -68,7 +68,7 @@ def test_a_training_goes_on_after_a_host_lost_a_rank(tmp_path: Path) -> None:
         command = [script, *words[1:], f"hydra.run.dir={tmp_path / 'run'}"]
         ended = both([torchrun(host, 2, *command, restarts=1) for host in two])
     assert (tmp_path / "killed").exists()
-    assert [code for code, _, _ in ended] == [0, 0], ended
+    assert [code for code, _, _ in ended] == [0, 0], "\n".join(errors for _, _, errors in ended)
     report = read(tmp_path / "run", "train_report.json")
     assert report["hosts"]["ranks"] == {"host1": [0, 1], "host2": [2, 3]}
     undisturbed = tmp_path / "one"

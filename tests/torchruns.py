@@ -45,7 +45,7 @@ def jobs(
     folder.mkdir()
     with hosts(2, rate=rate) as two:
         ended = both([torchrun(host, ranks, "tests/jobs.py", folder, json.dumps(lines)) for host in two], timeout)
-    assert [code for code, _, _ in ended] == [0, 0], ended
+    assert [code for code, _, _ in ended] == [0, 0], "\n".join(errors for _, _, errors in ended)
     assert not ended[1][1].strip(), "only rank 0 speaks"
     counts = {}
     for host in two:
