@@ -14,7 +14,7 @@ BY_HASH := $(BIN)/pip install -qq --require-hashes --no-deps --no-build-isolatio
 	$(PYTHON) -m venv .venv
 	@echo "Installing what requirements/ lists into .venv (a few minutes the first time)"
 	$(BY_HASH) -r requirements/build.txt
-	@$(BY_HASH) -r requirements/cpu.txt 2>/dev/null || echo "No CPU build of torch at hand: the package index's, with CUDA"
+	@$(BY_HASH) -r requirements/cpu.txt || echo "No CPU build of torch with that hash (see above): the package index's is taken"
 	$(BY_HASH) -r requirements/everywhere.txt
 	@if $(BIN)/python -c 'import importlib.metadata as m, sys; sys.exit("+" in m.version("torch"))'; then \
 		$(BY_HASH) -r requirements/cuda.txt; fi

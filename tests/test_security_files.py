@@ -109,9 +109,14 @@ def test_yaml_makes_no_objects(tmp_path: Path) -> None:
 def test_a_secret_is_refused_without_being_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOME_API_KEY", "markOfAKey")
     monkeypatch.setenv("SHORT_TOKEN", "1")
-    monkeypatch.setenv("MONKEY", "no secret by its name")
-    refuse_secrets({"logger": {"group": "1"}, "prompt": ["no secret by its name"], "seed": 1})
+    monkeypatch.setenv("KEYBOARD", "no secret by its name")
+    monkeypatch.setenv("SSL_KEY_DIR", "/no/secret/but/a/path")
+    refuse_secrets({"logger": {"group": "1"}, "prompt": ["no secret by its name", "/no/secret/but/a/path"], "seed": 1})
     with pytest.raises(ConfigError, match="SOME_API_KEY") as refused:
         refuse_secrets({"logger": {"group": ["a", "x-markOfAKey-y"]}})
     assert str(refused.value).startswith("logger.group holds the value of the environment variable SOME_API_KEY")
     assert "markOfAKey" not in str(refused.value)
+    monkeypatch.setenv("PGPASSWORD", "1234567890")
+    for told in ({"seed": 1234567890}, {"model": {"x1234567890": 1}}):
+        with pytest.raises(ConfigError, match="PGPASSWORD"):
+            refuse_secrets(told)

@@ -19,7 +19,7 @@ from helix import Grid
 from helix.comm import shared_memory, transport
 from helix.comm.launch import RankError
 from helix.comm.mesh import Axis, Mesh
-from helix.comm.shared_memory import SLOT_BYTES, SWITCH, slots_for
+from helix.comm.shared_memory import SLOT_BYTES, slots_for
 
 pytestmark = pytest.mark.skipif(not shared_memory._kernel(), reason="needs Linux on x86-64")
 
@@ -108,7 +108,7 @@ def fail(name: str) -> int:
 def without(how: str) -> bool:
     axis = Mesh(Grid(2, 1)).slice
     if how == "switched off":
-        os.environ[SWITCH] = "0"
+        os.environ["HELIX_SHARED_MEMORY"] = "0"
     elif how == "another host" and axis.rank == 1:
         shared_memory._kernel = lambda: "elsewhere"
     elif how == "hidden" and axis.rank == 1:

@@ -103,7 +103,8 @@ def ended(rank: int, phase: str, exit_code: int, memory: Memory) -> RankError:
     if exit_code >= 0:
         return RankError(rank, host, phase, f"ended with exit code {exit_code}")
     blamed = memory.blamed() if exit_code == -signal.SIGKILL else ""
-    return RankError(rank, host, phase, f"was killed by {signal.Signals(-exit_code).name}", blamed)
+    names = {each.value: each.name for each in signal.Signals}  # real-time signals have none
+    return RankError(rank, host, phase, f"was killed by {names.get(-exit_code, f'signal {-exit_code}')}", blamed)
 
 
 def raised(rank: int, phase: str, error: BaseException, trace: str) -> RankError:

@@ -20,7 +20,7 @@ from helix.comm import activity
 from helix.comm.failure import RankError
 from helix.comm.fork import fork, killed
 from helix.comm.process_group import ProcessGroup, launchers_store
-from helix.config.environment import debug_limit_s, started
+from helix.config.environment import check_switches, started
 from helix.partition.placement import AUTO, check_hosts
 
 __all__ = ["RankError", "Restart", "agree", "launch", "restarted"]
@@ -55,7 +55,7 @@ def launch(
 
     Raises:
         PartitionError: if the placement cannot be kept on the ranks' hosts.
-        ConfigError: if the environment asks for debug mode in words that it does not have.
+        ConfigError: if HELIX_DEBUG or HELIX_SHARED_MEMORY is neither 0 nor 1.
         ValueError: if ranks is below 1, differs from the ranks that are running, or exceeds the GPUs.
         RankError: if a rank was killed or stopped, and no restart is left.
         KeyboardInterrupt, SystemExit: if this process is told to stop, once the ranks have ended.
@@ -63,7 +63,7 @@ def launch(
     """
     if ranks < 1:
         raise ValueError(f"launch needs at least one rank, not {ranks}")
-    debug_limit_s()  # refused here, and not by every rank
+    check_switches()
     _adopt_slurm()
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         return _join(fn, args, ranks, ProcessGroup(device, timeout_s, placement, slices, watched=True))

@@ -30,10 +30,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from helix.comm.mesh import Axis
+from helix.config.environment import shares_memory
 
 # Up to here the meeting is what costs; beyond it the bytes do, which gloo moves as well.
 SLOT_BYTES = 65536
-SWITCH = "HELIX_SHARED_MEMORY"  # 0 in the environment leaves everything to gloo
 _LINE = 64  # bytes, a cache line: each rank's count of exchanges and a word beside it, and those of the meeting's end
 _FORMS = 1000
 _SYS_FUTEX, _WAIT, _WAKE, _ALL = 202, 0, 1, 2**31 - 1
@@ -198,7 +198,7 @@ def _share(axis: Axis, group: dist.ProcessGroup) -> Slots | None:
 
 def _kernel() -> str:
     """What only ranks have in common that can open each other's memory; empty where there is no futex."""
-    if sys.platform != "linux" or platform.machine() != "x86_64" or os.environ.get(SWITCH) == "0":
+    if sys.platform != "linux" or platform.machine() != "x86_64" or not shares_memory():
         return ""
     try:
         with open("/proc/sys/kernel/random/boot_id") as file:

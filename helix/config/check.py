@@ -241,7 +241,7 @@ def _has_login(host: str) -> bool:
 
 def check_started(ranks: int) -> int:
     """Check the configured ranks against those that are running, and return how many this host has."""
-    environment.debug_limit_s()  # every rank would refuse it
+    environment.check_switches()
     launcher = environment.started()
     if launcher is None:
         if ranks > (most := environment.most_ranks()):

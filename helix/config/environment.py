@@ -156,13 +156,37 @@ def debug_limit_s() -> float | None:
     Raises:
         ConfigError: if HELIX_DEBUG or HELIX_DEBUG_LIMIT_S is nothing that it may be.
     """
-    asked = os.environ.get("HELIX_DEBUG", "0")
-    if asked not in ("0", "1", ""):
-        raise ConfigError(f"the environment variable HELIX_DEBUG must be 0 or 1, not {asked!r}")
+    asked = _switched("HELIX_DEBUG", False)
     limit = _number("HELIX_DEBUG_LIMIT_S") if "HELIX_DEBUG_LIMIT_S" in os.environ else DEBUG_LIMIT_S
     if limit < 1:
         raise ConfigError(f"the environment variable HELIX_DEBUG_LIMIT_S must be at least 1 second, not {limit}")
-    return float(limit) if asked == "1" else None
+    return float(limit) if asked else None
+
+
+def shares_memory() -> bool:
+    """Whether ranks of one host may exchange small tensors through memory; HELIX_SHARED_MEMORY=0 leaves all to gloo.
+
+    Raises:
+        ConfigError: if it is nothing that it may be.
+    """
+    return _switched("HELIX_SHARED_MEMORY", True)
+
+
+def check_switches() -> None:
+    """Check the variables that turn parts of Helix on or off, which every rank would refuse by itself.
+
+    Raises:
+        ConfigError: if one is nothing that it may be.
+    """
+    debug_limit_s()
+    shares_memory()
+
+
+def _switched(variable: str, default: bool) -> bool:
+    asked = os.environ.get(variable, "")
+    if asked not in ("0", "1", ""):
+        raise ConfigError(f"the environment variable {variable} must be 0 or 1, not {asked!r}")
+    return asked == "1" if asked else default
 
 
 def _number(variable: str, default: str = "") -> int:

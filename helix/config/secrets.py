@@ -14,9 +14,9 @@ from typing import Any
 
 from helix.config.schema import ConfigError
 
-_SECRET = re.compile(
-    r"(?:^|_)(?:API_?KEYS?|KEYS?|SECRETS?|TOKENS?|PASSWORDS?|PASSWD|PASSPHRASE|CREDENTIALS?)(?:_|$)", re.IGNORECASE
-)
+# In the middle of a name a word has to be one; at its end also a part of one, as in PGPASSWORD.
+_WORD = r"KEYS?|SECRETS?|TOKENS?|PASSWORDS?|PASSWD|PASSPHRASE|CREDENTIALS?"
+_SECRET = re.compile(rf"(?:^|_)(?:{_WORD})_|(?:{_WORD})$|(?:^|_)(?:PASS|PWD|PAT|AUTH)$", re.IGNORECASE)
 _LEAST_LENGTH = 8  # shorter ones are in many a text by chance, such as TOKENS=1
 
 
@@ -34,7 +34,8 @@ def refuse_secrets(told: Mapping[str, Any]) -> None:
         SecretError: if one does; the sentence has the variable's name, not its value.
     """
     secrets = {name: value for name, value in os.environ.items() if _SECRET.search(name)}
-    secrets = {name: value for name, value in secrets.items() if len(value) >= _LEAST_LENGTH}
+    # A path is none, as in SSL_KEY_DIR, and what is PWD alone is where the shell is.
+    secrets = {name: value for name, value in secrets.items() if len(value) >= _LEAST_LENGTH and "/" not in value[:1]}
     for where, text in _texts("", told):
         for name, value in secrets.items():
             if value in text:
@@ -49,7 +50,10 @@ def _texts(where: str, told: Any) -> Iterator[tuple[str, str]]:
         yield where, told
     elif isinstance(told, Mapping):
         for key, each in told.items():
+            yield where, str(key)
             yield from _texts(f"{where}.{key}" if where else str(key), each)
     elif isinstance(told, Sequence):
         for each in told:
             yield from _texts(where, each)
+    else:  # a number may be one
+        yield where, str(told)
