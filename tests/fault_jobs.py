@@ -110,8 +110,9 @@ class Torchrun:
 
 def on_hosts(made: list[Host], command: list[str], env: dict[str, str], folder: Path) -> list[Any]:
     words = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=2", "--rdzv-id=faults"]
-    # An agent that is cut off would wait for the others' for a minute.
-    words += ["--rdzv-conf=read_timeout=5"]
+    # torchrun's agent waits for the others' store until the kernel gives up the connection: 25 s, not 15 minutes.
+    for host in made:
+        host.run(["sysctl", "-qw", "net.ipv4.tcp_retries2=6"], timeout=10, check=True)
     words += ["--rdzv-backend=c10d", f"--rdzv-endpoint={made[0].name}:29400", *command]
     return [Torchrun(host, words, env, folder) for host in made]
 
@@ -123,7 +124,7 @@ def caught(cell: Cell, temp: Path, jobs: Sequence[Any], made: list[Host]) -> int
     named = {"measurement": f"measurement, {run}", "generation": f"generation, {run}", "checkpoint": "save"}
     wanted = named.get(cell.phase, cell.phase)
     outer: dict[int, int] = {}  # processes' numbers here, by their host's
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + (120 if cell.hosts else 60)  # six interpreters there, each importing torch
     while time.monotonic() < deadline:
         for pid, phase in _said(cell, temp, made, outer):
             if phase.startswith(wanted):

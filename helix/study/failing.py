@@ -6,6 +6,7 @@ Exit code 2 for what was asked for and cannot be, 1 for what went wrong meanwhil
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -13,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from helix.checkpoint.content import CheckpointError
+from helix.comm import flight
 from helix.comm.failure import RankError, exhausted, told
 from helix.command.job import stop
 from helix.command.sweep import FAILED
@@ -37,7 +39,10 @@ def ending(run_dir: Path, *said: type[Exception]) -> Iterator[None]:
     """
     with suppress(OSError):
         (run_dir / FAILED).unlink(missing_ok=True)  # of an earlier start
+        flight.remove(run_dir)
         (run_dir / _ROOM).write_bytes(bytes(_ROOM_BYTES))
+    # On a full disk each line that W&B or Hydra adds to a log would become a traceback on stderr.
+    before, logging.raiseExceptions = logging.raiseExceptions, False
     try:
         with told(partial(_keep, run_dir)):
             yield
@@ -60,8 +65,10 @@ def ending(run_dir: Path, *said: type[Exception]) -> Iterator[None]:
             stop(_words(failure), code=1)
         if not kept:
             print(lost.trace, file=sys.stderr)
-        stop(f"{lost}; its traceback is {f'in {run_dir / FAILED}' if kept else 'above'}", code=1)
+        stop(f"{lost}; its traceback is {f'in {_home(run_dir) / FAILED}' if kept else 'above'}", code=1)
     finally:
+        flight.keep_in(None)  # what fails in this process from now on is another job's
+        logging.raiseExceptions = before
         with suppress(OSError):
             (run_dir / _ROOM).unlink(missing_ok=True)
 
@@ -72,11 +79,18 @@ def _words(error: Exception) -> str:
     return str(error)
 
 
+def _home(run_dir: Path) -> Path:
+    """The job's folder: on ranks of a launcher that they have agreed on, where it can be seen."""
+    agreed = flight.kept_in()
+    return agreed if agreed is not None and agreed.is_dir() else run_dir
+
+
 def _keep(run_dir: Path, error: Exception) -> bool:
     """Write failed.json, if there is a folder and room in it."""
     content: dict[str, str | int] = {"reason": _words(error), "at": now()}
     if isinstance(error, RankError):
         content |= {"rank": error.rank, "host": error.host, "phase": error.phase, "traceback": error.trace}
+    run_dir = _home(run_dir)
     if not run_dir.is_dir():
         return False
     try:
