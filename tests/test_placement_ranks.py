@@ -28,6 +28,7 @@ from helix.partition.grid import Grid, PartitionError
 from helix.partition.options import AttentionOptions
 from helix.partition.placement import ACROSS, AUTO, INSIDE, RANK_ORDER
 from helix.partition.shape import TransformerShape
+from helix.study.trial import digest_of
 
 CYCLIC = ("a", "b", "a", "b")  # SLURM's: the host of each of its processes
 UNEVEN = ("a", "b", "b", "b")
@@ -80,6 +81,7 @@ class Seen:
     hosts: Hosts
     sent: dict[str, dict[str, Counter[int]]]
     predicted: dict[str, dict[str, Counter[tuple[int, int]]]]
+    digests: dict[str, str | None]
 
 
 SCHEDULES = {
@@ -95,7 +97,7 @@ SCHEDULES = {
 def see(number: int) -> Seen:
     """Run each schedule once, and note where its bytes went."""
     torch.set_num_threads(1)
-    sent, predicted = {}, {}
+    sent, predicted, digests = {}, {}, {}
     shape = TransformerShape(
         layers=1, width=48, heads=4, kv_heads=4, head_dim=12, mlp_hidden=64, vocab=64, qk_norm=True
     )
@@ -105,10 +107,12 @@ def see(number: int) -> Seen:
         method = Partitioned(job, Layout(Grid(2, 2), options=options))
         log = Destinations()
         with torch.inference_mode(), record(log):
-            method.step(tokens)
+            output = method.step(tokens)
+        whole = method.whole_logits(output)
+        digests[name] = None if whole is None else digest_of(whole)
         sent[name], predicted[name] = log.between(hosts()), method.predicted_between([], hosts().of)
     return Seen(
-        number, dist.get_rank(), os.environ["RANK"], RunningRanks().global_rank(), hosts(), sent, predicted
+        number, dist.get_rank(), os.environ["RANK"], RunningRanks().global_rank(), hosts(), sent, predicted, digests
     )  # fmt: skip
 
 
@@ -145,6 +149,10 @@ def test_ranks_are_renumbered_and_send_what_is_predicted() -> None:
             assert executed == seen[0].predicted[name]
             in_slices = [key for key in executed if key.startswith("all_to_all") or "scores" in key or "qk" in key]
             assert bool(in_slices) == (taken == ACROSS), name
+    # What torch keeps of a process's parts is not what it has as another rank.
+    inside, across = (answers[0][launchs][0].digests for launchs in (0, 1))
+    assert inside == across
+    assert None not in inside.values()
 
 
 def test_unequal_hosts_keep_the_launchers_order_or_are_refused_on_every_rank() -> None:
