@@ -78,10 +78,10 @@ def _generated(*options: str, limit_s: float) -> str:
 
 
 def test_a_sample_of_generated_lines() -> None:
-    assert "40 command lines, 0 of them ended wrongly" in _generated("--examples=40", "--checks-only", limit_s=100)
+    assert "15 command lines, 0 of them ended wrongly" in _generated("--examples=15", "--checks-only", limit_s=100)
 
 
 @pytest.mark.fuzz
 @pytest.mark.timeout(600)
 def test_hundreds_of_generated_lines() -> None:
-    assert "300 command lines, 0 of them ended wrongly" in _generated("--examples=300", "--seed=5", limit_s=580)
+    assert "200 command lines, 0 of them ended wrongly" in _generated("--examples=200", "--seed=5", limit_s=580)
