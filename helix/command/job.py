@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import textwrap
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,6 +34,10 @@ Task = Callable[[Any, Path], None]
 Check = Callable[[Any], None]
 Collect = Callable[[Path, Sequence[SweepJob]], None]
 Agree = Callable[[list[str]], list[str]]
+
+
+# torchrun stops all others a tenth of a second after the first has ended: the one that speaks should be that.
+_GRACE_S = 1.0
 
 
 class Stop(SystemExit):
@@ -69,9 +75,11 @@ class Command:
 def stop(reason: str, code: int) -> NoReturn:
     """End the command with one sentence on stderr, which one rank says for all."""
     reason = " ".join(reason.split())
+    environment.tell_launcher(reason)
     if environment.speaks():
         print(f"{Path(sys.argv[0]).name}: error: {reason}", file=sys.stderr)
-    environment.tell_launcher(reason)
+    elif "TORCHELASTIC_RUN_ID" in os.environ:
+        time.sleep(_GRACE_S)
     raise Stop(code, reason)
 
 
