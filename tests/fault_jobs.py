@@ -19,7 +19,7 @@ from commands import Command
 from hosts import Host
 
 PHASES = ("start", "load", "warm-up", "measurement", "save", "generation", "training", "checkpoint")
-FORKED = ("killed", "crashed", "stopped", "rank 0 killed", "no memory", "no files", "full disk")
+FORKED = ("killed", "crashed", "stopped", "rank 0 killed", "no memory", "full disk")
 HOSTS = ("killed", "stopped", "cut off")
 LIMIT_S = {"stopped": 30.0, "cut off": 30.0}  # of the others 15 s
 _SIZE = ["model.layers=2", "model.width=64", "model.heads=4", "model.head_dim=16", "model.mlp_hidden=64"]
@@ -51,7 +51,7 @@ class Cell:
     @property
     def rank(self) -> int:
         """Whom it befalls, of forked ranks; of hosts it is the last one of the second."""
-        return 0 if self.fault in ("rank 0 killed", "no files", "full disk") else 1
+        return 0 if self.fault in ("rank 0 killed", "full disk") else 1
 
     @property
     def limit_s(self) -> float:
@@ -177,8 +177,6 @@ def befall(cell: Cell, pid: int, made: list[Host], disk: Path) -> None:
     if cell.fault == "no memory":
         used = psutil.Process(pid).memory_info().vms
         resource.prlimit(pid, resource.RLIMIT_AS, (used, used))
-    elif cell.fault == "no files":
-        resource.prlimit(pid, resource.RLIMIT_NOFILE, (0, 0))
     elif cell.fault == "full disk":
         with suppress(OSError), (disk / "filler").open("wb", buffering=0) as filler:
             while filler.write(bytes(4096)):

@@ -70,13 +70,14 @@ class Ending:
             return "no rank was met in this phase"
         names = bool(self.said) and all(re.search(r"(rank \d+) \(host \S+\) .* during ", each) for each in self.said)
         done = self.cell.phase == "save" and self.wandb == "finished"  # rank 0, which may be ahead
+        quiet = not self.others or self.cell.hosts or self.cell.fault in ("crashed", "no memory")
         checks = {
             f"ended after {self.seconds:.1f} s": not self.stuck and self.seconds <= self.cell.limit_s,
             f"exit codes {self.exit_codes}": all(code == 1 for code in self.exit_codes),
             f"{len(self.said)} messages": len(self.said) in ((1, 2) if self.cell.hosts else (1,)),
             "no rank, host and phase": names,
-            # torchrun's, and what Python's handler prints of a crash
-            f"{len(self.others)} other lines": not self.others or self.cell.hosts or self.cell.fault == "crashed",
+            # torchrun's, and what the C library prints of a crash, or when even its threads find no memory
+            f"{len(self.others)} other lines": quiet,
             f"left: {', '.join(self.left)}": not self.left,
             "no failed.json": self.failed is not None,
             f"W&B run {self.wandb}": self.wandb in ("failed", None) or self.cell.hosts or done,
@@ -159,9 +160,8 @@ def _state(out: Path) -> str | None:
 def cells(phases: Sequence[str], faults: Sequence[str]) -> list[Cell]:
     """All cells of the matrix that are asked for, and can be made here."""
     forked = [Cell(phase, fault) for phase in phases for fault in FORKED if fault in faults]
-    # Where a rank opens no file, it does not miss any; nor room on the disk where it writes none.
-    files = {"no files": ("load", "save"), "full disk": ("save", "checkpoint")}
-    forked = [cell for cell in forked if cell.phase in files.get(cell.fault, PHASES)]
+    # Where a rank writes nothing, it does not miss room on the disk.
+    forked = [cell for cell in forked if cell.fault != "full disk" or cell.phase in ("save", "checkpoint")]
     several = [Cell(phase, fault, hosts=True) for phase in phases for fault in HOSTS if fault in faults]
     several = [cell for cell in several if cell.phase in ("load", "measurement", "training")]
     return forked + (several if not why_not() else [])
