@@ -162,6 +162,7 @@ def cells(phases: Sequence[str], faults: Sequence[str]) -> list[Cell]:
     forked = [Cell(phase, fault) for phase in phases for fault in FORKED if fault in faults]
     # Where a rank writes nothing, it does not miss room on the disk.
     forked = [cell for cell in forked if cell.fault != "full disk" or cell.phase in ("save", "checkpoint")]
+    forked = [cell for cell in forked if cell != Cell("save", "no memory")]  # it needs none any more
     several = [Cell(phase, fault, hosts=True) for phase in phases for fault in HOSTS if fault in faults]
     several = [cell for cell in several if cell.phase in ("load", "measurement", "training")]
     return forked + (several if not why_not() else [])
