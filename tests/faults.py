@@ -70,7 +70,8 @@ class Ending:
             return "no rank was met in this phase"
         names = bool(self.said) and all(re.search(r"(rank \d+) \(host \S+\) .* during ", each) for each in self.said)
         done = self.cell.phase == "save" and self.wandb == "finished"  # rank 0, which may be ahead
-        quiet = not self.others or self.cell.hosts or self.cell.fault in ("crashed", "no memory")
+        said_too = all("has lost W&B's process" in each for each in self.others)  # ours, of a full disk
+        quiet = said_too or self.cell.hosts or self.cell.fault in ("crashed", "no memory")
         checks = {
             f"ended after {self.seconds:.1f} s": not self.stuck and self.seconds <= self.cell.limit_s,
             f"exit codes {self.exit_codes}": all(code == 1 for code in self.exit_codes),
