@@ -6,6 +6,8 @@ import json
 import os
 import re
 import time
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,12 +20,14 @@ import helix.comm.debug  # noqa: F401  the ranks share the import
 from helix import Grid, Mesh
 from helix.__main__ import main
 from helix.comm import flight, transport
-from helix.comm.agreement import compare
+from helix.comm.agreement import agree_on, compare
 from helix.comm.checking import Disagreement
 from helix.comm.debug import checked
 from helix.comm.launch import launch
+from helix.comm.observe import observe
 from helix.comm.parting import ranks_in_words
-from helix.comm.records import read, verdict
+from helix.comm.record import record
+from helix.comm.records import Noted, Record, read, verdict
 from helix.config.check import check_started
 from helix.config.schema import ConfigError
 
@@ -67,9 +71,13 @@ def _right(folder: Path) -> list[str]:
     """Sums that are right, a record, and an answer that rank 1 alone waits for."""
     mesh = Mesh(Grid(2, 1))
     with checked():
-        for _ in range(3):
-            torch.testing.assert_close(transport.all_reduce(torch.ones(2), mesh.slice, "x"), torch.full((2,), 2.0))
-        dist.all_reduce(torch.ones(1))
+        with checked():  # the same checks, and one count
+            for _ in range(3):
+                torch.testing.assert_close(transport.all_reduce(torch.ones(2), mesh.slice, "x"), torch.full((2,), 2.0))
+        with observe({}), record() if dist.get_rank() else nullcontext():  # whoever listens, it is one collective
+            dist.all_reduce(torch.ones(1))
+        with checked(), observe({}):
+            dist.barrier()
     said = flight.last()
     if dist.get_rank() == 1:
         flight.come("all_reduce/late", "slice", mesh.slice.group, 8, (2,), torch.float32)
@@ -79,25 +87,56 @@ def _right(folder: Path) -> list[str]:
         compare({"precision": "fp32", "seed": "1" if dist.get_rank() else "0"}, 5)
     except ConfigError as error:
         refused = str(error)
-    compare({"precision": "fp32"}, 5)
-    return [said, refused]
+    agree_on({"seed": dist.get_rank()}, folder)  # forked ranks have nothing to compare
+    return [said, refused, compare({"precision": "fp32"}, 5, f"of rank {dist.get_rank()}")]
 
 
 def test_right_ranks_pass_and_what_they_did_is_kept(tmp_path: Path) -> None:
-    (last, first_refused), (_, refused) = on_ranks(2, _right, tmp_path)
-    assert re.fullmatch(r"all_reduce/\S+ \[1\] float32, collective 4 of .* \(ranks 0-1\), left \S+ s ago", last)
+    (last, first_refused, folder), (_, refused, other_folder) = on_ranks(2, _right, tmp_path)
+    assert re.fullmatch(r"barrier/\S+, collective 5 of .* \(ranks 0-1\), enqueued \S+ s ago", last)
     assert first_refused == refused
+    assert folder == other_folder == "of rank 0"
     assert re.fullmatch(
         r"rank 1 \(host \S+\) was not started as rank 0 \(host \S+\): seed is 1 there, and 0 on rank 0; .*", refused
     )
     records = read(tmp_path)
-    assert [entry.number for entry in records[0].entries] == [1, 2, 3, 4]
+    assert [entry.number for entry in records[0].entries] == [1, 2, 3, 4, 5]
     assert verdict(records) == (
-        "rank 1 waited in collective 5 of the slice axis (ranks 0-1), all_reduce/late [2] float32, to which rank 0 "
-        "had not come; rank 0 left " + records[0].entries[-1].place + ", " + records[0].entries[-1].what
+        "rank 1 waited in collective 6 of the slice axis (ranks 0-1), all_reduce/late [2] float32, to which rank 0 "
+        "had not come; rank 0 enqueued " + records[0].entries[-1].place + ", " + records[0].entries[-1].what
     )
     (tmp_path / "flight" / "rank-0.json").unlink()
-    assert verdict(read(tmp_path)).endswith("rank 0 left no record")
+    said = "rank 1 waited in collective 6 of the slice axis (ranks 0-1), all_reduce/late [2] float32"
+    assert verdict(read(tmp_path)) == f"{said}; rank 0 left no record"
+    flight.remove(tmp_path)
+    with pytest.raises(ConfigError, match="holds no flight record"):
+        read(tmp_path)
+
+
+def _noted(number: int, what: str = "all_reduce/x [2] float32", ended: bool = False, axis: str = "slice") -> Noted:
+    enqueued = None if ended else 2.0
+    return Noted(axis, (0, 1), axis, number, what.split()[0], what, "load", 1.0, 3.0 if ended else None, enqueued)
+
+
+def _records(*entries: list[Noted]) -> list[Record]:
+    return [Record(rank, 2, "a", "load", "", tuple(each)) for rank, each in enumerate(entries)]
+
+
+def test_what_a_stream_has_taken_over_is_not_said_to_have_ended() -> None:
+    assert verdict(_records([_noted(1), _noted(2)], [_noted(1)])) == (
+        "rank 0 enqueued collective 2 of the slice axis (ranks 0-1), all_reduce/x [2] float32, and rank 1 no more "
+        "than 1 there; which of them ended, no record says"
+    )
+    assert verdict(_records([_noted(1)], [_noted(1)])).endswith("whether what was enqueued has ended, no record says")
+    assert verdict(_records([_noted(1, ended=True)], [_noted(1, ended=True)])).startswith("the records agree")
+
+
+def test_where_ranks_part_first_is_known_by_their_own_order() -> None:
+    """Rank 1's clock is of another host."""
+    first, second = _noted(7, "all_gather/y [2] float32"), _noted(1, "all_gather/z [3] float32", axis="head")
+    late = replace(_noted(7), came_at=9.0), replace(_noted(1, axis="head"), came_at=10.0)
+    found = verdict(_records([replace(first, came_at=6.0), replace(second, came_at=5.0)], list(late)))
+    assert "collective 7 of the slice axis" in found
 
 
 def _one_leaves(folder: Path) -> None:

@@ -1,6 +1,7 @@
 """Whether all ranks that a launcher started were asked for the same, by the same code: before anything else is done.
 
-Forked ranks cannot differ. Those of several hosts have a command line, an environment and an installation each.
+Forked ranks cannot differ, and are not asked. Those of a launcher have a command line, an environment and, on several
+hosts, an installation each; and a folder each, whose name has the second in which it was chosen: rank 0's is kept.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 import helix
 from helix.comm import flight
+from helix.comm.fork import forked
 from helix.comm.parting import ranks_in_words
-from helix.config.environment import started
 from helix.config.schema import ConfigError
 
 LIMIT_S = 60.0  # ranks that start do so together, but for what reading the source and a slow disk take
@@ -41,36 +42,40 @@ def agree_on(settings: Mapping[str, Any], folder: Path | None = None) -> None:
 
     Args:
         settings: what was asked for, nested; hardware, logger and chosen are each host's own.
-        folder: of the run, where the flight record is written if it fails from now on.
+        folder: of the run, where the flight record is written if it fails from now on: rank 0's.
 
     Raises:
         ConfigError: on every rank, naming a rank that differs from rank 0, its host, what it is, and both values; or
             the ranks that have not come.
     """
-    if started() is not None:
-        compare(_fields(settings), LIMIT_S)
-    if folder is not None:
-        flight.keep_in(folder)
+    # None of an earlier job of this process: what ends here is not to be found there.
+    flight.keep_in(folder)
+    if not forked():
+        agreed = compare(_fields(settings), LIMIT_S, "" if folder is None else str(folder.absolute()))
+        flight.keep_in(Path(agreed) if agreed else None)
 
 
-def compare(fields: Mapping[str, str], limit_s: float) -> None:
-    """As `agree_on`, of fields by name."""
+def compare(fields: Mapping[str, str], limit_s: float, folder: str = "") -> str:
+    """As `agree_on`, of fields by name; returns rank 0's folder."""
     store = dist.PrefixStore(f"helix-agreement-{next(_rounds)}", _get_default_store())
     rank, ranks = dist.get_rank(), dist.get_world_size()
     store.set(str(rank), json.dumps([socket.gethostname(), dict(fields)]))
     if rank == 0:
-        store.set("verdict", _verdict(store, ranks, limit_s))
+        store.set("verdict", json.dumps([_verdict(store, ranks, limit_s), folder]))
     # Rank 0 gives up first, since it knows who is missing.
     if not _there(store, ["verdict"], limit_s + 5):
         raise ConfigError(f"rank 0 has not compared what rank {rank} was asked for within {limit_s + 5:.0f} s")
-    if verdict := store.get("verdict").decode():
+    verdict, agreed = json.loads(store.get("verdict"))
+    if verdict:
         raise ConfigError(verdict)
+    return str(agreed)
 
 
 def _verdict(store: dist.Store, ranks: int, limit_s: float) -> str:
     if not _there(store, [str(rank) for rank in range(ranks)], limit_s):
         missing = [rank for rank in range(ranks) if not store.check([str(rank)])]
-        return f"{ranks_in_words(missing)} did not start within {limit_s:.0f} s"
+        verb, are = ("has", "it is") if len(missing) == 1 else ("have", "they are")
+        return f"{ranks_in_words(missing)} {verb} not said within {limit_s:.0f} s what {are} asked for"
     host, first = json.loads(store.get("0"))
     for rank in range(1, ranks):
         own_host, own = json.loads(store.get(str(rank)))

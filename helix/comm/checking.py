@@ -199,8 +199,10 @@ class Checks:
         """Whether a rank is still waiting for others where it last said to be."""
         if not spot.meets or spot.end:
             return False
-        came = self._store.add(f"{spot.course}/{spot.number}", 0) % 2**_BITS
-        return 0 < came < len(spot.ranks)  # 0: all have left it, and its count is gone
+        key = f"{spot.course}/{spot.number}"
+        if not self._store.check([key]):  # all have left it; asking for the count would make a new one
+            return False
+        return 0 < self._store.add(key, 0) % 2**_BITS < len(spot.ranks)
 
     def _spots(self) -> dict[int, Spot]:
         """Where all ranks are that have said so."""

@@ -3,7 +3,7 @@
     last()                   "all_to_all/attention.qkv [4, 64, 96] float32, collective 117 of the slice axis .."
     write(folder)            folder/flight/rank-3.json, which `python -m helix flight FOLDER` compares
 
-It holds Helix's own collectives and transfers, and other libraries' while they are observed (`helix.comm.observe`).
+It holds Helix's own collectives and transfers, and in debug mode other libraries' (`helix.comm.foreign`).
 Collectives are numbered within the ranks that take part, not within a process group: ranks that are in two groups
 together have to come to both in one order as well. An entry costs 2 us (paper/LOG.md, 2026-11-22), which is why it is
 always on; PyTorch's own recorder knows NCCL alone, and none of what goes through shared memory.
@@ -55,8 +55,9 @@ class Entry:
         shape: of what the rank puts in; None where that says nothing.
         nbytes: that leave the rank.
         phase: that the rank was in (`helix.comm.activity`).
-        came: seconds of the monotonic clock; of a CUDA tensor, when it was enqueued.
-        ended: as `came`; None while it is under way.
+        came: seconds of the monotonic clock.
+        ended: as `came`; None while it is under way, or where that is not known.
+        enqueued: as `came`, if a CUDA stream or another library then took it over: nobody here knows when it ends.
     """
 
     course: Course
@@ -69,9 +70,17 @@ class Entry:
     phase: str
     came: float
     ended: float | None = None
+    enqueued: float | None = None
 
-    def end(self) -> None:
-        self.ended = time.monotonic()
+    def end(self, device: torch.device) -> None:
+        """The rank goes on; on CUDA only its stream knows whether the collective is over."""
+        if device.type == "cuda":
+            self.enqueue()
+        else:
+            self.ended = time.monotonic()
+
+    def enqueue(self) -> None:
+        self.enqueued = time.monotonic()
 
     @property
     def type(self) -> str:
@@ -118,17 +127,33 @@ def come_to_transfer(
 
 def last() -> str:
     """This rank's last collective in words, and for how long it has been in it; empty before the first."""
-    if not _ring:
+    try:
+        entry = _ring[-1]
+    except IndexError:  # asked before by another thread, it may be empty a moment later
         return ""
-    entry = _ring[-1]
-    ended, now = entry.ended, time.monotonic()
-    since = f"for {now - entry.came:.1f} s" if ended is None else f"left {now - ended:.1f} s ago"
+    ended, enqueued, now = entry.ended, entry.enqueued, time.monotonic()
+    since = f"for {now - entry.came:.1f} s"
+    if ended is not None:
+        since = f"left {now - ended:.1f} s ago"
+    elif enqueued is not None:
+        since = f"enqueued {now - enqueued:.1f} s ago"
     return f"{entry.what}, {entry.place}, {since}"
 
 
-def keep_in(folder: Path) -> None:
-    """Where `write` puts the record if it is not told: the folder of the run that has begun."""
-    _folder[:] = [folder]
+def keep_in(folder: Path | None) -> None:
+    """Where `write` puts the record if it is not told: the folder of the run that has begun, or None."""
+    _folder[:] = [] if folder is None else [folder]
+
+
+def kept_in() -> Path | None:
+    """As `keep_in` was told: on ranks of a launcher rank 0's folder, whichever their own is."""
+    return _folder[0] if _folder else None
+
+
+def remove(folder: Path) -> None:
+    """Remove the records of an earlier start, which are not to be compared with those of a later one."""
+    for path in (folder / FOLDER).glob("rank-*.json"):
+        path.unlink(missing_ok=True)
 
 
 def write(folder: Path | None = None, reason: str = "") -> Path | None:
@@ -138,7 +163,7 @@ def write(folder: Path | None = None, reason: str = "") -> Path | None:
         folder: of the run; None for that of `keep_in`.
         reason: why it is written.
     """
-    folder = folder or (_folder[0] if _folder else None)
+    folder = folder or kept_in()
     if folder is None:
         return None
     record = as_dict(reason)
@@ -177,6 +202,7 @@ def _as_dict(entry: Entry, offset: float) -> dict[str, Any]:
         "phase": entry.phase,
         "came_at": entry.came + offset,
         "ended_at": None if entry.ended is None else entry.ended + offset,
+        "enqueued_at": None if entry.enqueued is None else entry.enqueued + offset,
     }
 
 

@@ -1,4 +1,4 @@
-"""Other libraries' collectives in the flight record, and checked in debug mode; `helix.comm.observe` sees them."""
+"""Other libraries' collectives in debug mode: checked, and in the flight record; `helix.comm.observe` sees them."""
 
 from __future__ import annotations
 
@@ -8,26 +8,27 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from helix.comm import checking, flight
-from helix.comm.checking import Rows
+from helix.comm import flight
+from helix.comm.checking import Checks, Rows
 
 # What every rank puts in has one shape, in the order of c10d's arguments and of the functional ones'.
 _EVEN = ("all_reduce", "all_gather", "reduce_scatter", "reduce", "gather", "broadcast", "all_to_all")
 _SENT = ("input", "inputs", "input_tensor", "input_tensors", "input_list", "tensor", "tensors")
 
 
-def meet(collective: str, axis: str, group: dist.ProcessGroup, arguments: Mapping[str, Any]) -> None:
-    """Note a collective that is about to start, and in debug mode wait for its ranks.
+def meet(checks: Checks, collective: str, group: dist.ProcessGroup, arguments: Mapping[str, Any]) -> None:
+    """Note a collective that is about to start, and wait for its ranks.
+
+    By the group's own description: what an observer calls it, a rank that does not listen need not know.
 
     Args:
         collective: as `helix.comm.observe` names it.
-        axis: of the mesh, or the group's own description.
         arguments: the operator's, by name.
 
     Raises:
-        Disagreement: in debug mode, if a rank does not come, or with another one.
+        Disagreement: if a rank does not come, or with another one.
     """
-    tensors = _tensors(next((arguments[name] for name in _SENT if name in arguments), ()))
+    tensors, axis = put_in(arguments), group.group_desc or group.group_name
     rows = _rows(arguments) if collective == "all_to_all" else None
     shape, dtype = None, None
     if collective in _EVEN and tensors:
@@ -35,9 +36,13 @@ def meet(collective: str, axis: str, group: dist.ProcessGroup, arguments: Mappin
         # Several are compared by the number of their entries.
         shape = tensors[0].shape if len(tensors) == 1 else (sum(x.numel() for x in tensors),)
     entry = flight.come(f"{collective}/{axis}", axis, group, 0, shape, dtype)
-    if (checks := checking.active()) is not None:
-        checks.meet(entry, rows)
-    entry.end()  # of waiting: the library itself waits for the rest
+    checks.meet(entry, rows)
+    entry.enqueue()  # the library itself waits for the rest
+
+
+def put_in(arguments: Mapping[str, Any]) -> list[Tensor]:
+    """The tensors that this rank puts in, flat; none of a barrier."""
+    return _tensors(next((arguments[name] for name in _SENT if name in arguments), ()))
 
 
 def _rows(arguments: Mapping[str, Any]) -> Rows | None:

@@ -180,6 +180,11 @@ def killed() -> str:
     return os.environ.get(_KILLED, "")
 
 
+def forked() -> bool:
+    """Whether this process is a rank that Helix forked, which differs from the others in nothing."""
+    return _KILLED in os.environ
+
+
 def _rank_main(fn: Callable[..., T], args: tuple[Any, ...], device: str, timeout_s: float, this: _Round) -> T:
     rank = int(os.environ["RANK"])
     gc.freeze()  # see _no_collection

@@ -1,4 +1,4 @@
-"""Counting the collectives of other libraries, for the listeners of `helix.comm.record`, and noting them.
+"""Counting the collectives of other libraries, for the listeners of `helix.comm.record`.
 
     with record() as log, observe({mesh.get_group("tp").group_name: "tp"}):
         dtensor_model(x)
@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from helix.comm import checking
-from helix.comm.foreign import meet
+from helix.comm.foreign import meet, put_in
 from helix.comm.record import Call, being_told, listening, telling
 from helix.partition import wire
 
@@ -70,7 +70,7 @@ _COLLECTIVES: dict[str, dict[str, str]] = {
 }
 _COLLECTIVES["_c10d_functional_autograd"] = _COLLECTIVES["_c10d_functional"]
 _UNCOUNTED = ("reduce", "gather", "scatter", "barrier")  # which debug mode checks all the same
-_SENT_ARGUMENTS = ("input", "inputs", "input_tensor", "input_tensors", "input_list", "tensor", "tensors")
+_met = False  # whether what runs now was met by an observer further in
 
 
 @contextmanager
@@ -106,23 +106,25 @@ class _Observer(TorchDispatchMode):
         kwargs = kwargs or {}
         space, _, operator = func.name().partition("::")
         collective = _COLLECTIVES.get(space, {}).get(operator.partition(".")[0])
-        checks, tells = checking.active(), self._tells and listening() and collective not in _UNCOUNTED
+        tells = self._tells and listening() and collective not in _UNCOUNTED
+        # Ranks need not all listen: what they meet, and in which order, does not depend on it.
+        checks = None if _met or collective in ("send", "recv") else checking.active()
         if collective is None or types or being_told() or not (tells or checks):
             return func(*args, **kwargs)
         arguments = {field.name: value for field, value in zip(func._schema.arguments, args, strict=False)} | kwargs
         group = _group(arguments)
         if group.size() == 1:
             return func(*args, **kwargs)
-        axis, transfer = self._axis(collective, group), collective in ("send", "recv")
-        if not transfer:
-            meet(collective, axis, group, arguments)
+        if checks is not None:
+            meet(checks, collective, group, arguments)
         if not tells:
-            return func(*args, **kwargs)
-        sent = _sent(arguments)
-        nbytes, ranks = _BYTES[collective](sent, group, arguments), _ranks(arguments, group)
-        with telling(f"{collective}/{axis}", nbytes, ranks, sent[0].device) as call:
+            with _meeting():
+                return func(*args, **kwargs)
+        axis, given = self._axis(collective, group), put_in(arguments)
+        nbytes, ranks = _BYTES[collective](given, group, arguments), _ranks(arguments, group)
+        with telling(f"{collective}/{axis}", nbytes, ranks, given[0].device) as call:
             out = func(*args, **kwargs)
-            if transfer:
+            if collective in ("send", "recv"):
                 self._remember(call, out)
             else:
                 _wait(out)
@@ -156,6 +158,17 @@ class _Observer(TorchDispatchMode):
             call.finish()
         if calls is self._batch:
             self._batch = []
+
+
+@contextmanager
+def _meeting() -> Iterator[None]:
+    """Around a collective whose ranks have met, for the observers further out."""
+    global _met
+    before, _met = _met, True
+    try:
+        yield
+    finally:
+        _met = before
 
 
 @contextmanager
@@ -196,14 +209,6 @@ def _group(arguments: dict[str, Any]) -> dist.ProcessGroup:
     if isinstance(group, str):
         return dist.distributed_c10d._resolve_process_group(group)  # type: ignore[arg-type]
     return group if isinstance(group, dist.ProcessGroup) else dist.ProcessGroup.unbox(group)
-
-
-def _sent(arguments: dict[str, Any]) -> list[Tensor]:
-    """The tensors that this rank puts in, flat."""
-    value = next(arguments[name] for name in _SENT_ARGUMENTS if name in arguments)
-    if isinstance(value, Tensor):
-        return [value]
-    return [tensor for entry in value for tensor in ([entry] if isinstance(entry, Tensor) else entry)]
 
 
 def _ranks(arguments: dict[str, Any], group: dist.ProcessGroup) -> tuple[int, ...]:

@@ -26,7 +26,7 @@ class Sending:
         self._call.block()
         self._work.wait()
         self._call.finish()
-        self._entry.end()
+        self._entry.end(self._x.device)
 
 
 def send(x: Tensor, axis: Axis, to: int, name: str) -> Sending:
@@ -45,16 +45,16 @@ def send(x: Tensor, axis: Axis, to: int, name: str) -> Sending:
 def receive(shape: Sequence[int], dtype: torch.dtype, device: torch.device, axis: Axis, of: int, name: str) -> Tensor:
     """What rank `of` of the axis sends, in the order in which it sends."""
     x, group = torch.empty(*shape, dtype=dtype, device=device), _group(axis)
-    ranks = dist.get_process_group_ranks(group)
-    entry = flight.come_to_transfer(f"recv/{name}", axis.name, ranks[of], dist.get_rank(), 0, x.shape, dtype)
+    ranks = dist.get_process_group_ranks(group)[of], dist.get_rank()
+    entry = flight.come_to_transfer(f"recv/{name}", axis.name, *ranks, 0, x.shape, dtype)
     if (checks := checking.active()) is not None:
         checks.receive(entry)
-    with telling(entry.key, 0, ranks, device) as call, phase(entry.key):
+    with telling(entry.key, 0, entry.course.ranks, device) as call, phase(entry.key):
         work = dist.irecv(x, group=group, group_src=of)
         assert work is not None
         work.wait()
         call.finish()
-    entry.end()
+    entry.end(device)
     return x
 
 

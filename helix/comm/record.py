@@ -212,7 +212,7 @@ def counted(
         with telling(key, nbytes, entry.course.ranks, x.device, sent) as call, phase(key):
             out = run()
             call.finish()
-    entry.end()
+    entry.end(x.device)
     return out
 
 

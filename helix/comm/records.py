@@ -25,6 +25,13 @@ class Noted:
     phase: str
     came_at: float
     ended_at: float | None
+    enqueued_at: float | None
+
+    @property
+    def state(self) -> str:
+        if self.ended_at is not None:
+            return "left"
+        return "was in" if self.enqueued_at is None else "enqueued"
 
     @property
     def place(self) -> str:
@@ -75,7 +82,7 @@ def _read(path: Path) -> Record:
 
 def _noted(found: Mapping[str, Any]) -> Noted:
     what = tensor_in_words(found["key"], found["shape"], found["dtype"])
-    ended = found["ended_at"]
+    ended, enqueued = found["ended_at"], found["enqueued_at"]
     return Noted(
         course=str(found["course"]),
         ranks=tuple(int(rank) for rank in found["ranks"]),
@@ -86,49 +93,87 @@ def _noted(found: Mapping[str, Any]) -> Noted:
         phase=str(found["phase"]),
         came_at=float(found["came_at"]),
         ended_at=None if ended is None else float(ended),
+        enqueued_at=None if enqueued is None else float(enqueued),
     )
 
 
 def verdict(records: Sequence[Record]) -> str:
     """In a sentence, where the ranks part, who did not come, or that neither shows."""
-    said = _parting(records) or _absence(records)
+    said = _parting(records) or _absence(records) or _lag(records)
     absent = sorted(set(range(records[0].ranks)) - {record.rank for record in records})
-    if not said:
+    if not said and any(entry.state == "enqueued" for record in records for entry in record.entries):
+        said = (
+            "no rank came to another collective than the others; whether what was enqueued has ended, no record says"
+        )
+    elif not said:
         said = "the records agree: no rank came to another collective than the others, and none is waited for"
     return f"{said}; {ranks_in_words(absent)} left no record" if absent else said
 
 
 def _parting(records: Sequence[Record]) -> str:
-    """The first collective, by the clock, to which ranks came with different tensors."""
-    found: list[tuple[float, str]] = []
-    for here in _by_place(records).values():
+    """A collective to which ranks came with different tensors, and none of them to such a one before.
+
+    By each rank's own order: the clocks of several hosts differ.
+    """
+    found: dict[tuple[str, int], str] = {}
+    for place, here in _by_place(records).items():
         # A transfer's two sides, and an all-to-all's uneven shares, differ rightly in what one entry shows.
         came = {rank: _comparable(entry) for rank, entry in here.items() if ">" not in entry.course}
         if len(set(came.values())) > 1:
             first = next(iter(here.values()))
-            found.append((min(entry.came_at for entry in here.values()), parted(first.place, came)[1]))
-    return min(found)[1] if found else ""
+            found[place] = parted(first.place, came)[1]
+    before = dict.fromkeys(found, 0)
+    for record in records:
+        order = dict.fromkeys(key for entry in record.entries if (key := (entry.course, entry.number)) in found)
+        for earlier, key in enumerate(order):
+            before[key] += earlier
+    return found[min(found, key=lambda key: (before[key], key))] if found else ""
 
 
 def _absence(records: Sequence[Record]) -> str:
-    """The collective that ranks wait in longest, and where those are that have not come to it."""
+    """A collective that ranks wait in, for some that wait for nobody if there is such a one, and where those are.
+
+    Of a rank without a record nobody knows to what it has come.
+    """
+    known = {record.rank for record in records}
     last = {record.rank: record.entries[-1] for record in records if record.entries}
-    waiting = [
-        (entry.came_at, rank, entry)
+    missing = {
+        rank: [other for other in entry.ranks if other in known and not _came(records, other, entry)]
         for rank, entry in last.items()
-        if entry.ended_at is None and any(not _came(records, other, entry) for other in entry.ranks)
-    ]
+        if entry.state == "was in"
+    }
+    waiting = sorted(rank for rank, others in missing.items() if others)
     if not waiting:
-        return ""
-    entry = min(waiting)[2]
-    missing = [rank for rank in entry.ranks if not _came(records, rank, entry)]
-    here = ranks_in_words(rank for rank in entry.ranks if rank not in missing)
-    said = [f"{here} waited in {entry.place}, {entry.what}, to which {ranks_in_words(missing)} had not come"]
-    for rank in missing:
-        if rank in last:
-            state = "left" if last[rank].ended_at else "was in"
-            said.append(f"rank {rank} {state} {last[rank].place}, {last[rank].what}")
+        unsure = [rank for rank in missing if not known.issuperset(last[rank].ranks)]
+        said = [f"{ranks_in_words([rank])} waited in {last[rank].place}, {last[rank].what}" for rank in unsure[:4]]
+        return "; ".join(said)
+    rank = min(waiting, key=lambda rank: sum(other in waiting for other in missing[rank]))
+    entry = last[rank]
+    here = ranks_in_words(each for each in entry.ranks if each in known and each not in missing[rank])
+    said = [f"{here} waited in {entry.place}, {entry.what}, to which {ranks_in_words(missing[rank])} had not come"]
+    said += [f"rank {each} {last[each].state} {last[each].place}, {last[each].what}"
+             for each in missing[rank] if each in last]  # fmt: skip
     return "; ".join(said)
+
+
+def _lag(records: Sequence[Record]) -> str:
+    """The collective that the fewest came to of those that ranks enqueued, which others may be stuck behind."""
+    most: dict[str, dict[int, Noted]] = {}
+    for record in records:
+        for entry in record.entries:
+            most.setdefault(entry.course, {})[record.rank] = entry
+    known = [record.rank for record in records]
+    for here in most.values():
+        first = max(here.values(), key=lambda entry: entry.number)
+        came = {rank: here[rank].number if rank in here else 0 for rank in first.ranks if rank in known}
+        if first.state == "enqueued" and len(set(came.values())) > 1:
+            behind = [rank for rank, number in came.items() if number < first.number]
+            numbers = " and ".join(str(came[rank]) for rank in behind)
+            return (
+                f"{ranks_in_words(rank for rank in came if rank not in behind)} enqueued {first.place}, {first.what}, "
+                f"and {ranks_in_words(behind)} no more than {numbers} there; which of them ended, no record says"
+            )
+    return ""
 
 
 def _came(records: Iterable[Record], rank: int, entry: Noted) -> bool:

@@ -49,5 +49,5 @@ def render(records: list[Record]) -> RenderableType:
 def _last(entry: Noted | None, began: float) -> tuple[str, str]:
     if entry is None:
         return "none", ""
-    state = "in it" if entry.ended_at is None else "left"
+    state = "in it" if entry.state == "was in" else entry.state
     return f"{entry.what}, number {entry.number} of the {entry.axis} axis, {state}", f"{entry.came_at - began:.1f} s"

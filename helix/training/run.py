@@ -10,6 +10,7 @@ from pathlib import Path
 import torch.distributed as dist
 from lightning.pytorch import Callback, Trainer
 
+from helix.comm import flight
 from helix.comm.activity import enter
 from helix.comm.agreement import agree_on
 from helix.comm.launch import launch
@@ -63,6 +64,7 @@ def _rank(settings: TrainConfig, run_dir: Path, device: str, began: str, text: b
     """What each rank does; rank 0 returns the report."""
     agree_on(asdict(settings), run_dir)
     beginning = begin(settings, run_dir)
+    flight.keep_in(beginning.run_dir)  # of the first start, if the ranks were started again
     if dist.get_rank() != 0:
         train(settings, device, text, Tracker(None, None), beginning)
         return None
