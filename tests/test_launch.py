@@ -194,7 +194,9 @@ def kill_own(rank: int, number: int) -> None:
 @pytest.mark.parametrize("rank", [0, 3])
 def test_a_killed_rank_is_named_within_5_s(rank: int) -> None:
     start = time.monotonic()
-    with pytest.raises(RankError, match=rf"^rank {rank} \(host .*\) was killed by SIGKILL during start; the") as caught:
+    with pytest.raises(
+        RankError, match=rf"^rank {rank} \(host .*\) was killed by SIGKILL during start; the"
+    ) as caught:
         on_ranks(4, kill_own, rank, signal.SIGKILL)
     assert caught.value.rank == rank
     assert time.monotonic() - start < 5

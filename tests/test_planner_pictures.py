@@ -23,7 +23,7 @@ def test_published_tables_are_off_by_what_is_said() -> None:
         "narayanan_2021": (10, pytest.approx(0.177, abs=0.005), pytest.approx(0.223, abs=0.005)),
         "smith_2022": (3, pytest.approx(0.320, abs=0.005), pytest.approx(-0.338, abs=0.005)),
     }
-    assert published.reached() == (pytest.approx(0.66, abs=0.005), pytest.approx(0.92, abs=0.005))  # as docs/planning.md says
+    assert published.reached() == (pytest.approx(0.66, abs=0.005), pytest.approx(0.92, abs=0.005))  # as in planning.md
 
 
 def test_the_papers_claim_is_beyond_every_layout_that_cuts_heads() -> None:

@@ -156,7 +156,9 @@ def goes_on(start: Start, run_dir: Path, grid: str, death: Death) -> tuple[bool,
         return inside, resumed[0]
     assert status == 0, process.read()[1]
     pieces = report_of(run_dir)["resumed"]
-    said = re.findall(r"rank (\d) \(host .*\) was killed by SIGKILL during .*; .*; restart 1: training (.*)", process.read()[1])
+    said = re.findall(
+        r"rank (\d) \(host .*\) was killed by SIGKILL during .*; .*; restart 1: training (.*)", process.read()[1]
+    )
     if not pieces:
         assert not said
         return inside, None

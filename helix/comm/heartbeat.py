@@ -28,7 +28,6 @@ import time
 import traceback
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -37,7 +36,7 @@ import torch.distributed as dist
 
 from helix.comm import activity, failure, flight
 from helix.comm.failure import RankError
-from helix.comm.heartbeat_link import FIRST_BYTES, LINE_BYTES, Line
+from helix.comm.heartbeat_link import FIRST_BYTES, LINE_BYTES, Line, Peer
 from helix.comm.hosts import hosts_of
 from helix.comm.parting import ranks_in_words
 from helix.config.environment import tell_launcher
@@ -55,25 +54,6 @@ _TICK_S = 0.25
 _DOUBT_S = 0.05
 
 
-@dataclass
-class _Peer:
-    """Another rank, as far as it is known here; `silent_s` counts only while this process runs."""
-
-    number: int
-    host: str
-    rank: int
-    pid: int = 0
-    phase: str = activity.START
-    last: str = ""
-    line: Line | None = None
-    silent_s: float = 0.0
-    parted: bool = False
-
-    def lost(self, what: str, more: str = "") -> RankError:
-        last = f"its last collective was {self.last}" if self.last else ""
-        return RankError(self.rank, self.host, self.phase, what, ", ".join(filter(None, (more, last))))
-
-
 class Heartbeat:
     """This rank's thread, from when all ranks have come together until they part.
 
@@ -86,11 +66,11 @@ class Heartbeat:
     def __init__(self, store: dist.Store, number: int, said: list[str]) -> None:
         self._number, self._said = number, said
         others, known = range(1, len(said)) if number == 0 else range(1), hosts_of(said)
-        self._peers = [_Peer(other, known.where(other), other) for other in others]
+        self._peers = [Peer(other, known.where(other), other) for other in others]
         self._rank = number
         self._own: RankError | None = None
         self._raised: list[RankError] = []
-        self._closed: list[tuple[float, _Peer]] = []  # when, and whose connection
+        self._closed: list[tuple[float, Peer]] = []  # when, and whose connection
         self._waited = 0.0  # since when, for what may have been before it
         self._decided, self._told = threading.Event(), False
         self._verdict: RankError | None = None
@@ -217,7 +197,7 @@ class Heartbeat:
         self._selector.unregister(line)
         line.link.close()
 
-    def _introduced(self, line: Line, words: dict[str, Any]) -> _Peer | None:
+    def _introduced(self, line: Line, words: dict[str, Any]) -> Peer | None:
         """The rank whose first line this is; None if it is a stranger's."""
         number = words.get("number")
         if words.get("token") != self._token or not isinstance(number, int) or not 0 < number < len(self._said):
@@ -227,7 +207,7 @@ class Heartbeat:
         self._selector.modify(line, selectors.EVENT_READ, peer)
         return peer
 
-    def _note(self, peer: _Peer, words: dict[str, Any]) -> None:
+    def _note(self, peer: Peer, words: dict[str, Any]) -> None:
         peer.silent_s = 0.0
         for name in ("pid", "phase", "last"):
             setattr(peer, name, words.get(name, getattr(peer, name)))
@@ -254,7 +234,7 @@ class Heartbeat:
         self._waited = self._waited or now
         return self._raised[0] if now - self._waited >= _ECHO_S else None
 
-    def _silent(self) -> list[_Peer]:
+    def _silent(self) -> list[Peer]:
         """Who is not heard of, the longest first: those of one host fall silent within the same two beats."""
         found = [each for each in self._peers if not each.parted and each.silent_s >= SILENT_S - 2 * BEAT_S]
         return sorted(found, key=lambda each: -each.silent_s)
@@ -269,6 +249,8 @@ class Heartbeat:
             return
         self._kill([(each.number, each.pid) for each in self._silent()])
         tell_launcher(str(verdict))
+        with suppress(Exception):  # the group may be gone
+            flight.write(reason=str(verdict))
         if self._speaks():
             print(f"{Path(sys.argv[0]).name}: error: {verdict}", file=sys.stderr, flush=True)
             failure.tell(verdict)

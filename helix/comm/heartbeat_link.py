@@ -1,10 +1,14 @@
-"""One connection of the heartbeat: lines of JSON, of a bounded length, from ranks and perhaps from strangers."""
+"""The heartbeat's connections, lines of JSON from ranks and perhaps from strangers, and what is known of a rank."""
 
 from __future__ import annotations
 
 import json
 import socket
+from dataclasses import dataclass
 from typing import Any
+
+from helix.comm import activity
+from helix.comm.failure import RankError
 
 LINE_BYTES, FIRST_BYTES = 1 << 20, 1 << 10  # of a rank's line; of who has not said yet who it is
 _SEND_S = 2.0
@@ -41,3 +45,22 @@ class Line:
         except (OSError, ValueError, RecursionError):
             return None
         return words if all(isinstance(each, dict) for each in words) else None
+
+
+@dataclass
+class Peer:
+    """Another rank, as far as it is known here; `silent_s` counts only while this process runs."""
+
+    number: int
+    host: str
+    rank: int
+    pid: int = 0
+    phase: str = activity.START
+    last: str = ""
+    line: Line | None = None
+    silent_s: float = 0.0
+    parted: bool = False
+
+    def lost(self, what: str, more: str = "") -> RankError:
+        last = f"its last collective was {self.last}" if self.last else ""
+        return RankError(self.rank, self.host, self.phase, what, ", ".join(filter(None, (more, last))))
