@@ -72,9 +72,10 @@ class Ending:
         done = self.cell.phase == "save" and self.wandb == "finished"  # rank 0, which may be ahead
         said_too = all("has lost W&B's process" in each for each in self.others)  # ours, of a full disk
         quiet = said_too or self.cell.hosts or self.cell.fault in ("crashed", "no memory")
+        killed = (-9, 137) if self.cell.fault == "cut off" else ()  # torchrun, on the host that was cut off
         checks = {
             f"ended after {self.seconds:.1f} s": not self.stuck and self.seconds <= self.cell.limit_s,
-            f"exit codes {self.exit_codes}": all(code == 1 for code in self.exit_codes),
+            f"exit codes {self.exit_codes}": set(self.exit_codes) <= {1, *killed},
             f"{len(self.said)} messages": len(self.said) in ((1, 2) if self.cell.hosts else (1,)),
             "no rank, host and phase": names,
             # torchrun's, and what the C library prints of a crash, or when even its threads find no memory

@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
 import torch
 
 _TEXT = 1 << 14  # characters of an error's words, and of its trace, that other ranks are told
@@ -122,3 +123,20 @@ def exhausted(error: BaseException) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and os.strerror(errno.ENOMEM) in str(error)
     )
+
+
+def end_agent() -> None:
+    """End the torchrun of a host that has lost rank 0's, where the store is that it would wait for.
+
+    It would until the kernel gives up the connection, a quarter of an hour by Linux's defaults, deaf to SIGTERM. With
+    restarts left it is spared: the network may be back in time.
+    """
+    left = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) - int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    with suppress(psutil.Error):
+        agent = psutil.Process().parent()
+        if (
+            left <= 0
+            and agent
+            and any(word.endswith(("torchrun", "torch.distributed.run")) for word in agent.cmdline())
+        ):
+            agent.kill()

@@ -35,7 +35,7 @@ from uuid import uuid4
 import torch.distributed as dist
 
 from helix.comm import activity, failure, flight
-from helix.comm.failure import RankError
+from helix.comm.failure import RankError, end_agent
 from helix.comm.heartbeat_link import FIRST_BYTES, LINE_BYTES, Line, Peer
 from helix.comm.hosts import hosts_of
 from helix.comm.parting import ranks_in_words
@@ -254,6 +254,8 @@ class Heartbeat:
         if self._speaks():
             print(f"{Path(sys.argv[0]).name}: error: {verdict}", file=sys.stderr, flush=True)
             failure.tell(verdict)
+            if self._said[0] != self._said[self._number]:
+                end_agent()
         else:
             time.sleep(_GRACE_S)
         with suppress(Exception):

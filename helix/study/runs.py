@@ -100,7 +100,7 @@ def _offline(folder: Path, reports: bool, faults: list[str]) -> Iterator[_Run]:
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         found = list(pool.map(read_run, files))
     at_home = _reports_of(files, found, faults) if reports else {}
-    gone = _left_of(files, found, faults)
+    gone = _left_of(files, faults)
     kept: dict[str, list[Path]] = {}
     # Those with a report first: of copies, the first is kept.
     for file, records in sorted(zip(files, found, strict=True), key=lambda pair: pair[0] not in at_home):
@@ -133,12 +133,12 @@ def _offline(folder: Path, reports: bool, faults: list[str]) -> Iterator[_Run]:
         yield replace(_run(str(file.parent), records, faults, report), failed=left.failed)
 
 
-def _left_of(files: Sequence[Path], found: Sequence[RunRecords], faults: list[str]) -> dict[Path, Left]:
-    """What failed jobs have left in runs' folders, by the file of the last run of each that has not ended well."""
-    last: dict[Path, Path] = {}
-    for file, records in zip(files, found, strict=True):
-        if records.state != "finished":
-            last[_home(file)] = file  # their folders' names begin with the time
+def _left_of(files: Sequence[Path], faults: list[str]) -> dict[Path, Left]:
+    """What failed jobs have left in runs' folders, by the file of the last run of each.
+
+    Also of one whose run was finished: another rank may have failed after that.
+    """
+    last = {_home(file): file for file in files}  # their folders' names begin with the time
     return {file: left_in(home, faults) for home, file in last.items()}
 
 
