@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
-import torch
 
 _TEXT = 1 << 14  # characters of an error's words, and of its trace, that other ranks are told
 
@@ -119,6 +118,8 @@ def exhausted(error: BaseException) -> bool:
     """Whether an error says that there is no memory left, of the host or of a device."""
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
+    import torch  # who reads what failed jobs have left needs none of it
+
     # Torch has no class for the CPU's.
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and os.strerror(errno.ENOMEM) in str(error)

@@ -80,11 +80,12 @@ def parsed(text: str, path: str) -> HardwareConfig:
             raise ConfigError(f"{path} is no hardware file: {key} {wrong}") from error
     try:
         merged = OmegaConf.merge(OmegaConf.structured(HardwareConfig), content)
-        if missing := sorted(OmegaConf.missing_keys(merged)):
-            raise ConfigError(f"{path} is no hardware file: {missing[0]} is not given")
-        found = cast(HardwareConfig, OmegaConf.to_object(merged))
+        missing = sorted(OmegaConf.missing_keys(merged))
+        found = None if missing else cast(HardwareConfig, OmegaConf.to_object(merged))
     except (OmegaConfBaseException, ValueError, TypeError, RecursionError) as error:
         raise ConfigError(f"{path} is no hardware file: ${{..}} in it leads nowhere") from error
+    if found is None:
+        raise ConfigError(f"{path} is no hardware file: {missing[0]} is not given")
     check_values(found, "hardware.")
     return found
 

@@ -90,14 +90,21 @@ def _sharded(path: Path) -> dict[str, Stored]:
     for name in sorted({str(file) for file in places.values()}):
         if Path(name).name != name:
             raise CheckpointError(f"{path / INDEX} names {name}, which is not a file of its own folder")
-        if not (path / name).is_file():
-            raise CheckpointError(f"{path} lacks {name}, of which {INDEX} tells")
+        if not _is_file(path / name):
+            raise CheckpointError(f"{path} lacks {name[:80]}, of which {INDEX} tells")
         found = _header(path / name)
         for tensor in (tensor for tensor, file in places.items() if file == name):
             if tensor not in found:
                 raise CheckpointError(f"{path / name} lacks {tensor}, of which {INDEX} tells")
             tensors[tensor] = found[tensor]
     return tensors
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name of a thousand letters
+        return False
 
 
 def _header(file: Path) -> dict[str, Stored]:

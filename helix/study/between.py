@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from rich.text import Text
 
 from helix.comm.hosts import Hosts
 from helix.partition.placement import ACROSS, INSIDE, RANK_ORDER
 from helix.study.traffic import BetweenHosts, HostRanks
-from helix.study.trial import Trial
+
+if TYPE_CHECKING:
+    from helix.study.trial import Trial  # knows torch
 
 _SAID = {
     INSIDE: "slices inside hosts",
