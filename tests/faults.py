@@ -35,6 +35,8 @@ from fault_jobs import FORKED, HOSTS, PHASES, Cell, Forked, befall, caught, envi
 from hosts import Host, hosts, why_not
 from texts import write_folder
 
+from helix.study.provenance import command, git_commit, machine, now, versions
+from helix.study.report import write_whole
 from helix.study.runs import DamagedRun, load_runs
 
 
@@ -216,15 +218,18 @@ def main() -> None:
     asked = parser.parse_args()
     wanted = {"forked": (False,), "hosts": (True,), "both": (False, True)}[asked.ranks]
     some = [cell for cell in cells(asked.phases, asked.faults) if cell.hosts in wanted]
+    provenance = {"started_at": now(), "command": command(), "commit": git_commit(), "machine": machine()}
     found: list[dict[str, Any]] = []
 
     def told(each: Ending) -> None:
         where = "2 hosts" if each.cell.hosts else "forked"
         how = f"{each.seconds:.1f} s, {each.fault or 'as it should'}"
         print(f"{each.cell.phase}, {each.cell.fault}, {where}: {how}", file=sys.stderr, flush=True)
-        found.append(asdict(each) | {"wrong": each.fault})
+        found.append(asdict(each) | {"wrong": each.fault, "others": len(each.others)})
         if asked.json is not None:
-            asked.json.write_text(json.dumps(found, indent=1) + "\n")
+            write_whole(
+                json.dumps(provenance | {"versions": versions(), "endings": found}, indent=1) + "\n", asked.json
+            )
 
     with tempfile.TemporaryDirectory(prefix="helix-faults-") as folder:
         endings = run(some, Path(folder), asked.at_once, told)

@@ -60,7 +60,8 @@ class Done:
         deadline = time.monotonic() + 60
         while process.returncode is None and time.monotonic() < deadline:
             ranks = self._look(process.pid)
-            if lose_rank and len(ranks) >= 2:
+            # Once the W&B run is there, which has to be looked through as well.
+            if lose_rank and len(ranks) >= 2 and list((self.folder / name).rglob("*.wandb")):
                 ranks[-1].send_signal(signal.SIGKILL)
                 lose_rank = False
             try:

@@ -224,7 +224,8 @@ class Heartbeat:
         if self._closed and now - self._closed[0][0] >= _DOUBT_S and not failure.stopping():
             return self._closed[0][1].lost("was lost (its process ended without a word)")
         if (silent := self._silent()) and silent[0].silent_s >= SILENT_S:
-            more = f"so are {ranks_in_words([each.rank for each in silent[1:]])}" if silent[1:] else ""
+            others = ranks_in_words([each.rank for each in silent[1:]])
+            more = f"so {'is' if len(silent) == 2 else 'are'} {others}" if silent[1:] else ""
             what = f"was lost (stopped, or cut off: nothing was heard of it for {SILENT_S:.0f} s)"
             return silent[0].lost(what, more)
         if self._number == 0 and self._own is not None and self._own not in self._raised:
