@@ -258,6 +258,17 @@ def test_there_are_at_least_forty_kinds() -> None:
     assert len({one.name for one in CASES}) == len(CASES) >= 40
 
 
+def check_case(
+    one: Case, infer: ModuleType, machine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A case's command line, in its files and environment, is refused as it says."""
+    write(machine, one.files)
+    for variable, value in one.env.items():
+        monkeypatch.setenv(variable, value)
+    monkeypatch.setattr(sys, "argv", ["infer.py", *one.arguments.split()])
+    check_refused(infer, machine, capsys, one.expected)
+
+
 @pytest.mark.parametrize("one", CASES, ids=lambda one: one.name)
 def test_is_refused_in_one_sentence(
     one: Case,
@@ -266,12 +277,8 @@ def test_is_refused_in_one_sentence(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    write(machine, one.files)
-    for variable, value in one.env.items():
-        monkeypatch.setenv(variable, value)
-    monkeypatch.setattr(sys, "argv", ["infer.py", *one.arguments.split()])
     loaded = set(sys.modules)
-    check_refused(infer, machine, capsys, one.expected)
+    check_case(one, infer, machine, monkeypatch, capsys)
     new = {module.partition(".")[0] for module in set(sys.modules) - loaded}
     assert not new & {"torch", "lightning", "deepspeed", "wandb"}
 

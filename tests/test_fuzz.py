@@ -12,12 +12,11 @@ from test_bad_input import (
     ROOT,
     Case,
     case,
-    check_refused,
+    check_case,
     contents,
     exit_code,
     infer,  # noqa: F401  a fixture
     machine,  # noqa: F401  a fixture
-    write,
 )
 
 LONG, DEEP = "A" * 300, "a: " + "[" * 3000
@@ -48,11 +47,7 @@ def test_found_is_refused(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    write(machine, one.files)
-    for variable, value in one.env.items():
-        monkeypatch.setenv(variable, value)
-    monkeypatch.setattr(sys, "argv", ["infer.py", *one.arguments.split()])
-    check_refused(infer, machine, capsys, one.expected)
+    check_case(one, infer, machine, monkeypatch, capsys)
 
 
 @pytest.mark.parametrize("one", FOUND_BY_HELIX, ids=lambda one: one.name)

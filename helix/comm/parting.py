@@ -6,16 +6,21 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 
-def ranks_in_words(ranks: Iterable[int]) -> str:
-    """[3] -> "rank 3"; [0, 1, 2, 5] -> "ranks 0-2 and 5"."""
+def runs_of(ranks: Iterable[int]) -> list[str]:
+    """[0, 1, 2, 5] -> ["0-2", "5"]."""
     runs: list[list[int]] = []
     for rank in sorted(ranks):
         if runs and rank == runs[-1][-1] + 1:
             runs[-1].append(rank)
         else:
             runs.append([rank])
-    words = [f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs]
-    plural = len(runs) > 1 or (bool(runs) and len(runs[0]) > 1)
+    return [f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs]
+
+
+def ranks_in_words(ranks: Iterable[int]) -> str:
+    """[3] -> "rank 3"; [0, 1, 2, 5] -> "ranks 0-2 and 5"."""
+    distinct = set(ranks)
+    words, plural = runs_of(distinct), len(distinct) > 1
     listed = " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
     return f"rank{'s' * plural} {listed}"
 

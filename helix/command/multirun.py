@@ -2,8 +2,8 @@
 
 Hydra calls each job, finished ones included, since only so do its launchers work: they ask for nothing but a
 function of a config, which decides by the files in the job's folder, in whatever process it runs. So
-`hydra/launcher=joblib` and `hydra/launcher=submitit_slurm` need no more than their packages
-(`pip install hydra-joblib-launcher`, `hydra-submitit-launcher`).
+`hydra/launcher=joblib` and `hydra/launcher=slurm` need no more than their packages (`pip install
+hydra-joblib-launcher`, the extra `slurm`).
 
 An error ends its job and not the sweep, except among ranks that torchrun or srun started: some of those may be
 left waiting for the others in a collective that nobody will complete.

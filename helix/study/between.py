@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from helix.comm.hosts import Hosts
+from helix.comm.parting import runs_of
 from helix.partition.placement import ACROSS, INSIDE, RANK_ORDER
 from helix.study.traffic import BetweenHosts, HostRanks
 
@@ -55,7 +56,7 @@ def between_hosts(hosts: Hosts, trials: Sequence[Trial]) -> BetweenHosts | None:
 
 def hosts_line(hosts: HostRanks) -> Text:
     """Which ranks are where, as a line of a table's head."""
-    where = ", ".join(f"{name} {_runs(ranks)}" for name, ranks in hosts.ranks.items())
+    where = ", ".join(f"{name} {', '.join(runs_of(ranks))}" for name, ranks in hosts.ranks.items())
     return Text(f"{len(hosts.ranks)} hosts, {_SAID[hosts.placement]}: {where}")
 
 
@@ -66,14 +67,3 @@ def other_placements(placement: str, between: BetweenHosts) -> Text | None:
         return None
     said = "; ".join(f"with {_SAID[name]} it would be {nbytes:,}" for name, nbytes in others.items())
     return Text(f"{said[0].upper()}{said[1:]} (predicted).", style="dim")
-
-
-def _runs(ranks: Sequence[int]) -> str:
-    """[0, 1, 2, 5] -> "0-2, 5"."""
-    runs: list[list[int]] = []
-    for rank in ranks:
-        if runs and rank == runs[-1][-1] + 1:
-            runs[-1].append(rank)
-        else:
-            runs.append([rank])
-    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
