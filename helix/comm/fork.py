@@ -152,7 +152,8 @@ def fork(
         logging.getLogger(name).setLevel(logging.CRITICAL)
     sys.stdout.flush()
     sys.stderr.flush()
-    with tempfile.TemporaryDirectory(prefix="helix-launch-") as folder:
+    # W&B's process, which ends a second after its rank, may just be writing in it.
+    with tempfile.TemporaryDirectory(prefix="helix-launch-", ignore_cleanup_errors=True) as folder:
         spec = WorkerSpec(
             role="rank",
             local_world_size=ranks,

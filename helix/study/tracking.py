@@ -139,7 +139,9 @@ def track(config: LoggerConfig, directory: Path | str, run_config: Mapping[str, 
     if config.kind == "none":
         yield Tracker(None, None, history)
     else:
-        tracker = Tracker(_start(config, directory, run_config), config.mode, history)
+        with _temporary_files_of_the_rank():
+            run = _start(config, directory, run_config)
+        tracker = Tracker(run, config.mode, history)
         with _finish_on_signal(tracker), told(lambda _: tracker.fail(1)):
             try:
                 yield tracker
@@ -151,8 +153,7 @@ def track(config: LoggerConfig, directory: Path | str, run_config: Mapping[str, 
 
 
 def _start(config: LoggerConfig, directory: Path | str, run_config: Mapping[str, Any]) -> Run:
-    with _temporary_files_of_the_rank():
-        import wandb  # 0.5 s, and not at all with `kind: none`
+    import wandb  # 0.5 s, and not at all with `kind: none`
 
     settings = wandb.Settings(
         console="off",
@@ -188,7 +189,7 @@ def _start(config: LoggerConfig, directory: Path | str, run_config: Mapping[str,
 
 @contextmanager
 def _temporary_files_of_the_rank() -> Iterator[None]:
-    """W&B's import makes temporary folders, which a rank that is killed leaves; in its launcher's they go with it."""
+    """W&B's import and start make temporary folders, which a killed rank leaves; its launcher's folder takes them."""
     before = tempfile.tempdir
     tempfile.tempdir = activity.folder() or before
     try:
