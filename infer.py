@@ -23,7 +23,7 @@ def collect(folder: Path, jobs: Sequence[SweepJob]) -> None:
 
 def agree(words: list[str]) -> list[str]:
     """Rank 0's words, on every rank that a launcher started."""
-    from helix.comm.launch import agree
+    from helix.ranks.launch import agree
 
     return agree(words)
 
@@ -31,7 +31,7 @@ def agree(words: list[str]) -> list[str]:
 @command("infer", conf=Path(__file__).resolve().parent / "conf", collect=collect, agree=agree, check=check)
 def main(settings: InferConfig, run_dir: Path) -> None:
     """Run what was configured; torch is imported from here on, when nothing is wrong any more."""
-    from helix.comm.checking import Disagreement
+    from helix.flight.checking import Disagreement
     from helix.generation.errors import CannotRun, Diverged
     from helix.study.failing import ending
 

@@ -23,7 +23,7 @@ def collect(folder: Path, jobs: Sequence[SweepJob]) -> None:
 
 def agree(words: list[str]) -> list[str]:
     """Rank 0's words, on every rank that a launcher started."""
-    from helix.comm.launch import agree
+    from helix.ranks.launch import agree
 
     return agree(words)
 
@@ -34,7 +34,7 @@ CONF = Path(__file__).resolve().parent / "conf"
 @command("train", conf=CONF, collect=collect, agree=agree, schema=TrainConfig, check=check_resumed_training)
 def main(settings: TrainConfig, run_dir: Path) -> None:
     """Train what was configured; torch is imported from here on, when nothing is wrong any more."""
-    from helix.comm.checking import Disagreement
+    from helix.flight.checking import Disagreement
     from helix.study.failing import ending
     from helix.training.run import run
 

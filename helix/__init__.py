@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from helix.attention import HelixAttention as HelixAttention
     from helix.certify.run import verify as verify
-    from helix.comm.launch import launch as launch
     from helix.comm.mesh import Mesh as Mesh
     from helix.partition.grid import Grid as Grid
     from helix.partition.grid import PartitionError as PartitionError
     from helix.planner.plan import plan as plan
     from helix.pretrained.helixify import helixify as helixify
+    from helix.ranks.launch import launch as launch
 
 __version__ = "0.1.0"
 __all__ = ["Grid", "HelixAttention", "Mesh", "PartitionError", "helixify", "launch", "plan", "verify"]
@@ -28,7 +28,7 @@ _HOMES = {
     "Mesh": "helix.comm.mesh",
     "PartitionError": "helix.partition.grid",
     "helixify": "helix.pretrained.helixify",
-    "launch": "helix.comm.launch",
+    "launch": "helix.ranks.launch",
     "plan": "helix.planner.plan",
     "verify": "helix.certify.run",
 }

@@ -3,8 +3,8 @@
     python -m tests.faults                       all of it, as a table; five minutes on two cores
     python -m tests.faults --phases save --faults killed stopped --json out.json
 
-Faults come from outside: a rank says its phase (`helix.comm.activity`), is stopped in it, and once it is seen to be in
-it still, gets its fault: a signal, a limit (`prlimit`), or its host's cable drawn. Nothing in the library knows of it.
+Faults come from outside: a rank says its phase (`helix.flight.activity`), is stopped in it, and once it is seen to be
+in it still, gets its fault: a signal, a limit (`prlimit`), or its host's cable drawn. Nothing in the library knows it.
 Jobs are forked ranks of one command, or torchrun's on two hosts made of network namespaces (tests/hosts.py).
 """
 

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from helix.comm.launch import launch
+from helix.ranks.launch import launch
 
 T = TypeVar("T")
 

@@ -18,8 +18,8 @@ from ranks import on_ranks
 
 from helix.checkpoint import manifest, storage
 from helix.checkpoint.save_and_load import BackgroundSaver, CheckpointError, CheckpointWarning, load, restore, save
-from helix.comm.launch import RankError
 from helix.partition.grid import Grid
+from helix.ranks.launch import RankError
 
 DAMAGES = ("truncated", "flipped", "missing", "manifest")
 

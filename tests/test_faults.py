@@ -17,10 +17,11 @@ from fault_jobs import FORKED, HOSTS, PHASES, Cell
 from faults import Ending, cells, run
 from hosts import why_not
 
-from helix.comm import activity, heartbeat
-from helix.comm.failure import RankError, exhausted
-from helix.comm.heartbeat import Heartbeat
-from helix.comm.process_group import _agree
+from helix.flight import activity
+from helix.ranks import heartbeat
+from helix.ranks.failure import RankError, exhausted
+from helix.ranks.heartbeat import Heartbeat
+from helix.ranks.process_group import _agree
 from helix.study.left import left_in
 
 

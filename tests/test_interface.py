@@ -11,8 +11,8 @@ import psutil
 import pytest
 import torch.distributed as dist
 
-from helix.comm.interface import VARIABLE, choose_interface
 from helix.config.schema import ConfigError
+from helix.ranks.interface import VARIABLE, choose_interface
 
 # This host's interfaces by their IPv4 addresses.
 OWN = {at.address: name for name, all_of in psutil.net_if_addrs().items() for at in all_of if at.family == INET}

@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from ranks import on_ranks
 
-from helix.comm.launch import RankError
 from helix.config.environment import started
+from helix.ranks.launch import RankError
 
 
 def barrier_or_hang() -> None:

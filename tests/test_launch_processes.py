@@ -12,8 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from helix.comm.launch import launch
 from helix.config.environment import started
+from helix.ranks.launch import launch
 
 ROOT = Path(__file__).resolve().parents[1]
 

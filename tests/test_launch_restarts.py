@@ -17,8 +17,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from helix.comm.launch import RankError, Restart, first_said, launch, restarted
-from helix.comm.process_group import _agree
+from helix.ranks.launch import RankError, Restart, first_said, launch, restarted
+from helix.ranks.process_group import _agree
 
 
 def summed(value: float) -> float:

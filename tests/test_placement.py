@@ -8,7 +8,6 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from helix.comm.hosts import hosts_of, own_host
 from helix.config.environment import started
 from helix.partition.between_hosts import between_hosts
 from helix.partition.grid import Grid, PartitionError
@@ -16,6 +15,7 @@ from helix.partition.options import AttentionOptions
 from helix.partition.placement import ACROSS, AUTO, INSIDE, RANK_ORDER, check_hosts, hosts_placed, place
 from helix.partition.shape import TransformerShape
 from helix.partition.transformer_cost import TransformerCost
+from helix.ranks.hosts import hosts_of, own_host
 
 
 @st.composite

@@ -15,11 +15,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from helix.comm import process_group
-from helix.comm.destinations import Destinations
-from helix.comm.hosts import Hosts
-from helix.comm.launch import launch
-from helix.comm.process_group import hosts
 from helix.comm.record import record
 from helix.parallel.methods.method import Job, Layout
 from helix.parallel.methods.partitioned import Partitioned
@@ -28,6 +23,11 @@ from helix.partition.grid import Grid, PartitionError
 from helix.partition.options import AttentionOptions
 from helix.partition.placement import ACROSS, AUTO, INSIDE, RANK_ORDER
 from helix.partition.shape import TransformerShape
+from helix.ranks import process_group
+from helix.ranks.hosts import Hosts
+from helix.ranks.launch import launch
+from helix.ranks.process_group import hosts
+from helix.study.destinations import Destinations
 from helix.study.trial import digest_of
 
 CYCLIC = ("a", "b", "a", "b")  # SLURM's: the host of each of its processes

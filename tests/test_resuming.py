@@ -12,8 +12,8 @@ import torch.distributed as dist
 
 from helix.checkpoint.content import About, Manifest, Sum
 from helix.checkpoint.manifest import CheckpointWarning, write
-from helix.comm.launch import launch
 from helix.config.train_schema import TrainConfig
+from helix.ranks.launch import launch
 from helix.training.resuming import begin
 
 

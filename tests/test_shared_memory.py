@@ -17,9 +17,9 @@ from torch import Tensor
 
 from helix import Grid
 from helix.comm import shared_memory, transport
-from helix.comm.launch import RankError
 from helix.comm.mesh import Axis, Mesh
 from helix.comm.shared_memory import SLOT_BYTES, slots_for
+from helix.ranks.launch import RankError
 
 pytestmark = pytest.mark.skipif(not shared_memory._kernel(), reason="needs Linux on x86-64")
 

@@ -19,17 +19,18 @@ from ranks import on_ranks
 import helix.comm.debug  # noqa: F401  the ranks share the import
 from helix import Grid, Mesh
 from helix.__main__ import main
-from helix.comm import flight, transport
-from helix.comm.agreement import agree_on, compare
-from helix.comm.checking import Disagreement
+from helix.comm import transport
 from helix.comm.debug import checked
-from helix.comm.launch import launch
 from helix.comm.observe import observe
-from helix.comm.parting import ranks_in_words
 from helix.comm.record import record
-from helix.comm.records import Noted, Record, read, verdict
 from helix.config.check import check_started
 from helix.config.schema import ConfigError
+from helix.flight import ring
+from helix.flight.checking import Disagreement
+from helix.flight.parting import ranks_in_words
+from helix.flight.reading import Noted, Record, read, verdict
+from helix.ranks.agreement import agree_on, compare
+from helix.ranks.launch import launch
 
 
 def _disagree(folder: Path) -> list[tuple[str, float]]:
@@ -46,7 +47,7 @@ def _disagree(folder: Path) -> list[tuple[str, float]]:
             said = str(error)
         found.append((said, time.monotonic() - began))
         dist.barrier()  # nothing that was refused has begun, so the groups are as they were
-    flight.write(folder)
+    ring.write(folder)
     return found
 
 
@@ -78,10 +79,10 @@ def _right(folder: Path) -> list[str]:
             dist.all_reduce(torch.ones(1))
         with checked(), observe({}):
             dist.barrier()
-    said = flight.last()
+    said = ring.last()
     if dist.get_rank() == 1:
-        flight.come("all_reduce/late", "slice", mesh.slice.group, 8, (2,), torch.float32)
-    flight.write(folder, "asked")
+        ring.come("all_reduce/late", "slice", mesh.slice.group, 8, (2,), torch.float32)
+    ring.write(folder, "asked")
     refused = ""
     try:
         compare({"precision": "fp32", "seed": "1" if dist.get_rank() else "0"}, 5)
@@ -108,7 +109,7 @@ def test_right_ranks_pass_and_what_they_did_is_kept(tmp_path: Path) -> None:
     (tmp_path / "flight" / "rank-0.json").unlink()
     said = "rank 1 waited in collective 6 of the slice axis (ranks 0-1), all_reduce/late [2] float32"
     assert verdict(read(tmp_path)) == f"{said}; rank 0 left no record"
-    flight.remove(tmp_path)
+    ring.remove(tmp_path)
     with pytest.raises(ConfigError, match="holds no flight record"):
         read(tmp_path)
 
@@ -141,7 +142,7 @@ def test_where_ranks_part_first_is_known_by_their_own_order() -> None:
 
 def _one_leaves(folder: Path) -> None:
     mesh = Mesh(Grid(2, 1))
-    flight.keep_in(folder)
+    ring.keep_in(folder)
     if dist.get_rank() == 0:
         transport.all_reduce(torch.ones(2), mesh.slice, "x")
 

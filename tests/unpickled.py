@@ -19,8 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 OWN = (
     "torch/distributed/distributed_c10d.py:_tensor_to_object",
     "multiprocessing/queues.py:get",
-    "helix/comm/fork.py:_keep",
-    "helix/comm/fork.py:_first_raised",
+    "helix/ranks/fork.py:_keep",
+    "helix/ranks/fork.py:_first_raised",
 )
 
 

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from helix.attention.layer import HelixAttention
-from helix.comm.launch import launch
 from helix.comm.mesh import Mesh
 from helix.comm.parameters import fill
 from helix.comm.record import record
@@ -22,6 +21,7 @@ from helix.partition import wire
 from helix.partition.cost import AttentionCost
 from helix.partition.grid import Grid, HeadLayout
 from helix.partition.schedules import check_schedule, legal_schedules
+from helix.ranks.launch import launch
 
 HANG_S = 60.0  # a pass takes seconds at most; gloo by itself would wait 30 minutes for a lost rank
 Bytes = dict[str, int]  # by "collective/name"

@@ -21,13 +21,13 @@ from helix.attention.schedules import score
 from helix.calibration.points import Layer, Points
 from helix.calibration.rounds import timed
 from helix.comm.mesh import SINGLE, Mesh
-from helix.comm.process_group import own_device
 from helix.models.plain import PlainTransformer
 from helix.models.transformer import Transformer
 from helix.parallel.tensor_parallel import tensor_parallel
 from helix.partition.grid import Grid
 from helix.partition.options import AttentionOptions
 from helix.partition.shape import TransformerShape
+from helix.ranks.process_group import own_device
 
 # What was timed, and the sizes of the point.
 Label = tuple[str | int, ...]

@@ -12,7 +12,6 @@ from helix.calibration.points import Points
 from helix.calibration.rounds import timed
 from helix.comm import transport
 from helix.comm.mesh import Axis, Mesh
-from helix.comm.process_group import own_device
 from helix.comm.shared_memory import SLOT_BYTES
 from helix.config.hardware import KINDS, LIBRARY_KINDS
 from helix.models.transformer import Transformer
@@ -21,6 +20,7 @@ from helix.partition.grid import Grid
 from helix.partition.options import AttentionOptions
 from helix.partition.shape import TransformerShape
 from helix.partition.transformer_cost import TransformerCost
+from helix.ranks.process_group import own_device
 from helix.study.memory import PeakMemory
 
 # Kind, size of a group, and bytes that each rank sends. Of a turn at computing: the ranks, and 1, or 0 for the

@@ -11,8 +11,8 @@ from helix.calibration.exchanges import exchange_times
 from helix.calibration.points import Points
 from helix.calibration.results import Calibration, Host, computing, exchanging
 from helix.calibration.rounds import slowest
-from helix.comm.launch import launch
 from helix.config.hardware import HardwareConfig
+from helix.ranks.launch import launch
 from helix.study import provenance
 
 HANG_S = 300.0  # a call takes a second at most; gloo by itself would wait 30 minutes for a lost rank

@@ -18,8 +18,6 @@ from torch import Tensor
 
 from helix.calibration.cases import Case, tokens_of
 from helix.calibration.outcomes import Outcome, Validation
-from helix.comm.launch import launch
-from helix.comm.process_group import own_device
 from helix.config.schema import to_shape
 from helix.dryrun.drawn import trace_step
 from helix.dryrun.world import pretended
@@ -27,6 +25,8 @@ from helix.parallel.methods.build import load
 from helix.parallel.methods.configured import DTYPES, resolve
 from helix.parallel.methods.method import Job, Method
 from helix.partition.grid import PartitionError
+from helix.ranks.launch import launch
+from helix.ranks.process_group import own_device
 from helix.study.accuracy import Oracle
 from helix.study.alternate import Rounds, Spans, alternate, step_ms
 from helix.study.memory import peak_of_tensors

@@ -14,12 +14,12 @@ from helix.certify.certificate import Check, Copy, Found
 from helix.certify.comparing import copies, copy, local_gradient, traffic
 from helix.comm.mesh import Mesh
 from helix.comm.parameters import local
-from helix.comm.process_group import own_device
 from helix.comm.record import record
 from helix.comm.stream import make_stream
 from helix.parallel.gradients import reduce_gradients
 from helix.partition.function import function_of
 from helix.partition.options import AttentionOptions
+from helix.ranks.process_group import own_device
 
 
 def check_layer(subject: Subject, case: Case, mesh: Mesh, answers: Answers) -> Found:

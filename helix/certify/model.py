@@ -16,13 +16,13 @@ from helix.certify.cases import Case, Subject
 from helix.certify.certificate import Check, Found
 from helix.certify.comparing import copies, local_gradient, traffic
 from helix.comm.mesh import Mesh
-from helix.comm.process_group import own_device
 from helix.comm.record import record
 from helix.models.reference import Reference
 from helix.models.transformer import Transformer
 from helix.parallel.gradients import reduce_gradients
 from helix.partition.function import Function, function_of
 from helix.partition.transformer_cost import expert_capacity
+from helix.ranks.process_group import own_device
 
 _EXPERT = re.compile(
     r"(?P<block>.*mlp)\.moe\.deepspeed_moe\.experts\.deepspeed_experts\.(?P<number>\d+)\.(?P<key>\w+)"

@@ -16,18 +16,18 @@ import torch.distributed as dist
 from helix.certify.answers import Answers
 from helix.certify.cases import PRECISIONS, Case, Subject, cases_of, legal, subject_of
 from helix.certify.certificate import Certificate, Found, Row
-from helix.comm.agreement import agree_on
-from helix.comm.checking import Disagreement
 from helix.comm.debug import checked
-from helix.comm.launch import launch
 from helix.comm.mesh import Mesh
-from helix.comm.process_group import own_device
 from helix.config.environment import gpus, started
 from helix.config.schema import PRETRAINED, ConfigError, ModelConfig, to_shape
+from helix.flight.checking import Disagreement
 from helix.partition.grid import Grid
 from helix.partition.options import AttentionOptions
 from helix.partition.shape import TransformerShape
 from helix.planner import catalogue
+from helix.ranks.agreement import agree_on
+from helix.ranks.launch import launch
+from helix.ranks.process_group import own_device
 from helix.study.progress import progress_bar
 from helix.study.provenance import command, git_commit, machine, now, versions
 

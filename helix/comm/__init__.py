@@ -1,1 +1,1 @@
-"""Mesh, differentiable counted collectives, and launching ranks."""
+"""The mesh and its collectives: differentiable, counted, small ones through shared memory."""

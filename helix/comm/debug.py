@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from helix.comm.checking import Checks, active
 from helix.comm.observe import observe
 from helix.config.environment import DEBUG_LIMIT_S
+from helix.flight.checking import Checks, active
 
 
 @contextmanager
 def checked(limit_s: float = DEBUG_LIMIT_S) -> Iterator[None]:
-    """Check the body's collectives (`helix.comm.checking`); where they are checked already, those checks go on.
+    """Check the body's collectives (`helix.flight.checking`); where they are checked already, those checks go on.
 
     Args:
         limit_s: seconds after which a rank that comes to none is given up; one that computes alone may take as long.

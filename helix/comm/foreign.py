@@ -8,8 +8,8 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from helix.comm import flight
-from helix.comm.checking import Checks, Rows
+from helix.flight import ring
+from helix.flight.checking import Checks, Rows
 
 # What every rank puts in has one shape, in the order of c10d's arguments and of the functional ones'.
 _EVEN = ("all_reduce", "all_gather", "reduce_scatter", "reduce", "gather", "broadcast", "all_to_all")
@@ -35,7 +35,7 @@ def meet(checks: Checks, collective: str, group: dist.ProcessGroup, arguments: M
         dtype = tensors[0].dtype
         # Several are compared by the number of their entries.
         shape = tensors[0].shape if len(tensors) == 1 else (sum(x.numel() for x in tensors),)
-    entry = flight.come(f"{collective}/{axis}", axis, group, 0, shape, dtype)
+    entry = ring.come(f"{collective}/{axis}", axis, group, 0, shape, dtype)
     checks.meet(entry, rows)
     entry.enqueue()  # the library itself waits for the rest
 

@@ -6,7 +6,7 @@
 
 It sees what passes PyTorch's dispatcher: torch.distributed's own collectives (namespace c10d; DeepSpeed's are
 these too), the functional ones (_c10d_functional; DTensor's) and point-to-point transfers (pipelining's). In debug
-mode each is checked as Helix's own are (`helix.comm.checking`), but for transfers, whose order is the library's own.
+mode each is checked as Helix's own are (`helix.flight.checking`), but for transfers, whose order is the library's own.
 Collectives are waited for where they are started, so that each one's span is its own; a library that overlaps
 them with its computing loses that while it is observed. Point-to-point transfers are not: a send can wait for a
 receive that the other rank posts only after its own send. Theirs end where the library itself waits.
@@ -25,9 +25,9 @@ from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from helix.comm import checking
 from helix.comm.foreign import meet, put_in
 from helix.comm.record import Call, being_told, listening, telling
+from helix.flight import checking
 from helix.partition import wire
 
 # Operators by name, since PyTorch's versions do not have the same ones: what each is counted as.

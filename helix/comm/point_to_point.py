@@ -8,10 +8,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from helix.comm import checking, flight
-from helix.comm.flight import Entry
 from helix.comm.mesh import Axis
 from helix.comm.record import Call, phase, telling
+from helix.flight import checking, ring
+from helix.flight.ring import Entry
 
 
 class Sending:
@@ -33,7 +33,7 @@ def send(x: Tensor, axis: Axis, to: int, name: str) -> Sending:
     """x -> rank `to` of the axis, which calls `receive`; in the background."""
     x, group = x.contiguous(), _group(axis)
     ranks = dist.get_rank(), dist.get_process_group_ranks(group)[to]
-    entry = flight.come_to_transfer(f"send/{name}", axis.name, *ranks, x.nbytes, x.shape, x.dtype)
+    entry = ring.come_to_transfer(f"send/{name}", axis.name, *ranks, x.nbytes, x.shape, x.dtype)
     if (checks := checking.active()) is not None:
         checks.send(entry)
     with telling(entry.key, x.nbytes, ranks, x.device) as call:
@@ -46,7 +46,7 @@ def receive(shape: Sequence[int], dtype: torch.dtype, device: torch.device, axis
     """What rank `of` of the axis sends, in the order in which it sends."""
     x, group = torch.empty(*shape, dtype=dtype, device=device), _group(axis)
     ranks = dist.get_process_group_ranks(group)[of], dist.get_rank()
-    entry = flight.come_to_transfer(f"recv/{name}", axis.name, *ranks, 0, x.shape, dtype)
+    entry = ring.come_to_transfer(f"recv/{name}", axis.name, *ranks, 0, x.shape, dtype)
     if (checks := checking.active()) is not None:
         checks.receive(entry)
     with telling(entry.key, 0, entry.course.ranks, device) as call, phase(entry.key):

@@ -4,7 +4,7 @@
         model(x)
     log.bytes["all_to_all/attention.qkv"], log.seconds["all_to_all/attention.qkv"], log.spans
 
-Nobody listening and no profiler running costs an entry of the flight record (`helix.comm.flight`) per collective, and
+Nobody listening and no profiler running costs an entry of the flight record (`helix.flight.ring`) per collective, and
 two truth tests per phase.
 """
 
@@ -19,9 +19,9 @@ from typing import NamedTuple
 import torch
 from torch.autograd import profiler
 
-from helix.comm import checking, flight
-from helix.comm.checking import Rows
 from helix.comm.mesh import Axis
+from helix.flight import checking, ring
+from helix.flight.checking import Rows
 
 
 class Span(NamedTuple):
@@ -200,7 +200,7 @@ def counted(
     Raises:
         Disagreement: in debug mode, before it runs, if a rank does not come, or with another one.
     """
-    entry = flight.come(key, axis.name, axis.group, nbytes, x.shape, x.dtype)
+    entry = ring.come(key, axis.name, axis.group, nbytes, x.shape, x.dtype)
     checks = checking.active()
     if checks is None and not _listeners:
         with phase(key):

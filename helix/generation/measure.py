@@ -14,14 +14,14 @@ from functools import partial
 import torch.distributed as dist
 
 from helix.checkpoint.content import CheckpointError
-from helix.comm.activity import enter
-from helix.comm.hosts import own_host
 from helix.config.schema import ParallelConfig, WorkloadConfig
+from helix.flight.activity import enter
 from helix.generation.contenders import Contender, Source, contender
 from helix.generation.errors import CannotRun, Diverged
 from helix.generation.passes import Heard, Moment, Steps, Task, answer, answer_recorded, check_agreement
 from helix.generation.views import View, make_printable, view_for
 from helix.partition.grid import PartitionError
+from helix.ranks.hosts import own_host
 from helix.study.memory import PeakMemory
 from helix.study.progress import progress_bar
 from helix.study.tracking import Tracker

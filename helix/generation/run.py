@@ -13,15 +13,12 @@ from typing import Any
 
 import torch.distributed as dist
 
-from helix.comm.activity import enter
-from helix.comm.agreement import agree_on
-from helix.comm.launch import launch
-from helix.comm.process_group import hosts, own_device
 from helix.config.environment import local_ranks, resolve_device, speaks
 from helix.config.folder import shape_of
 from helix.config.generation import check_shape, prompts_of, stop_texts
 from helix.config.methods import baselines_of, to_name
 from helix.config.schema import ITEMSIZE, InferConfig, digest
+from helix.flight.activity import enter
 from helix.generation.asked import folder_of
 from helix.generation.contenders import Contender, Source
 from helix.generation.measure import Found, Protocol, measure
@@ -34,6 +31,9 @@ from helix.generation.verify import compare, expected
 from helix.generation.views import make_printable
 from helix.parallel.methods.configured import DTYPES
 from helix.pretrained.folder import ONLY_DATA
+from helix.ranks.agreement import agree_on
+from helix.ranks.launch import launch
+from helix.ranks.process_group import hosts, own_device
 from helix.study.between import host_ranks
 from helix.study.provenance import now
 from helix.study.report import (

@@ -23,7 +23,7 @@ from torch import Tensor
 from helix.checkpoint.content import plain
 from helix.checkpoint.manifest import checkpoints
 from helix.checkpoint.save_and_load import BackgroundSaver, CheckpointError, Loaded, Saved, restore, save
-from helix.comm.activity import activity
+from helix.flight.activity import activity
 
 
 class HelixCheckpoints(Callback):

@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate
 
 from helix.comm import transport
 from helix.comm.mesh import Axis, Mesh, axis_of
-from helix.comm.process_group import own_device
+from helix.ranks.process_group import own_device
 
 # A flat tensor is a copy of the gradients in it: large ones gain nothing from company and would cost memory.
 BUCKET_BYTES = 32 * 2**20

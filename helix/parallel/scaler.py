@@ -17,8 +17,8 @@ from torch import Tensor
 
 from helix.comm import transport
 from helix.comm.mesh import Mesh
-from helix.comm.process_group import own_device
 from helix.partition.grid import Grid
+from helix.ranks.process_group import own_device
 
 # torch.amp.GradScaler's.
 START = 2.0**16

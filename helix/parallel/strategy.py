@@ -9,7 +9,7 @@
     Trainer(strategy=HelixStrategy(Grid(m=4, n=4)), devices=16, ..).fit(Lit(), loader)
 
 It provides processes, process group, mesh, precision and the reduction of gradients. The mathematics is the
-layers'; ranks are started by `helix.comm.launch`, torchrun or SLURM, never by Lightning's re-execution of the
+layers'; ranks are started by `helix.ranks.launch`, torchrun or SLURM, never by Lightning's re-execution of the
 script.
 """
 

@@ -22,12 +22,12 @@ from helix.attention.concat import concat_flat, concat_hierarchical
 from helix.attention.kernel import fused_attention
 from helix.attention.oracle import attention_oracle
 from helix.attention.schedules import ATTEND
-from helix.comm.launch import launch
 from helix.comm.mesh import Mesh
 from helix.comm.parameters import whole
 from helix.comm.record import record
 from helix.comm.stream import make_stream
 from helix.partition.grid import Grid, HeadLayout
+from helix.ranks.launch import launch
 from helix.study.alternate import Comparison, Rounds, Spans, Step, alternate, step_ms
 
 HANG_S = 120.0  # a step takes seconds at most; gloo by itself would wait 30 minutes for a lost rank

@@ -23,12 +23,12 @@ from rich.table import Table
 from torch.optim import AdamW
 
 from helix.checkpoint.save_and_load import BackgroundSaver, restore, save
-from helix.comm.launch import launch
 from helix.comm.mesh import Mesh
 from helix.models.transformer import Transformer
 from helix.partition.grid import Grid
 from helix.partition.options import AttentionOptions
 from helix.partition.shape import TransformerShape
+from helix.ranks.launch import launch
 from helix.study.alternate import Rounds, Spans, alternate, step_ms
 from helix.study.statistics import Ratio, ratio_interval, summarize
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
-from helix.comm.hosts import Hosts
-from helix.comm.parting import runs_of
+from helix.flight.parting import runs_of
 from helix.partition.placement import ACROSS, INSIDE, RANK_ORDER
+from helix.ranks.hosts import Hosts
 from helix.study.traffic import BetweenHosts, HostRanks
 
 if TYPE_CHECKING:

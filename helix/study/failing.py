@@ -14,11 +14,11 @@ from functools import partial
 from pathlib import Path
 
 from helix.checkpoint.content import CheckpointError
-from helix.comm import flight
-from helix.comm.failure import RankError, exhausted, told
 from helix.command.job import stop
 from helix.command.sweep import FAILED
 from helix.config.schema import ConfigError, PartitionError
+from helix.flight import ring
+from helix.ranks.failure import RankError, exhausted, told
 from helix.study.provenance import now
 from helix.study.report import write_whole
 
@@ -39,7 +39,7 @@ def ending(run_dir: Path, *said: type[Exception]) -> Iterator[None]:
     """
     with suppress(OSError):
         (run_dir / FAILED).unlink(missing_ok=True)  # of an earlier start
-        flight.remove(run_dir)
+        ring.remove(run_dir)
         (run_dir / _ROOM).write_bytes(bytes(_ROOM_BYTES))
     # On a full disk each line that W&B or Hydra adds to a log would become a traceback on stderr.
     before, logging.raiseExceptions = logging.raiseExceptions, False
@@ -67,7 +67,7 @@ def ending(run_dir: Path, *said: type[Exception]) -> Iterator[None]:
             print(lost.trace, file=sys.stderr)
         stop(f"{lost}; its traceback is {f'in {_home(run_dir) / FAILED}' if kept else 'above'}", code=1)
     finally:
-        flight.keep_in(None)  # what fails in this process from now on is another job's
+        ring.keep_in(None)  # what fails in this process from now on is another job's
         logging.raiseExceptions = before
         with suppress(OSError):
             (run_dir / _ROOM).unlink(missing_ok=True)
@@ -81,7 +81,7 @@ def _words(error: Exception) -> str:
 
 def _home(run_dir: Path) -> Path:
     """The job's folder: on ranks of a launcher that they have agreed on, where it can be seen."""
-    agreed = flight.kept_in()
+    agreed = ring.kept_in()
     return agreed if agreed is not None and agreed.is_dir() else run_dir
 
 

@@ -10,7 +10,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from helix.comm.records import Noted, Record, read, verdict
+from helix.flight.reading import Noted, Record, read, verdict
 from helix.study.terminal import Terminal
 
 

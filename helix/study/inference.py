@@ -21,18 +21,18 @@ from lightning.pytorch import Trainer
 
 from helix.checkpoint.agree import from_rank_0
 from helix.checkpoint.restoring import open_checked
-from helix.comm.activity import enter
-from helix.comm.agreement import agree_on
-from helix.comm.hosts import own_host
-from helix.comm.launch import launch
-from helix.comm.process_group import hosts, own_device
 from helix.config.environment import local_ranks, resolve_device, speaks
 from helix.config.methods import baselines_of, to_name
 from helix.config.schema import InferConfig, ParallelConfig, digest, to_grid, to_shape
+from helix.flight.activity import enter
 from helix.parallel.methods.build import load
 from helix.parallel.methods.configured import DTYPES, resolve
 from helix.parallel.methods.method import Job
 from helix.parallel.strategy import HelixStrategy
+from helix.ranks.agreement import agree_on
+from helix.ranks.hosts import own_host
+from helix.ranks.launch import launch
+from helix.ranks.process_group import hosts, own_device
 from helix.study.between import host_ranks
 from helix.study.measure import BenchmarkModule, Stopwatch, turn_loader
 from helix.study.profile import profiled

@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from helix.checkpoint.content import CheckpointError
-from helix.comm.activity import enter
 from helix.comm.record import Span, record
 from helix.config.schema import WorkloadConfig
+from helix.flight.activity import enter
 from helix.parallel.methods.method import Job, Layout, Method
 from helix.parallel.strategy import HelixStrategy
 from helix.study.accuracy import Oracle

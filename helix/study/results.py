@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from helix.comm.hosts import Hosts
 from helix.config.methods import to_name
 from helix.config.schema import ParallelConfig
 from helix.parallel.methods.method import Layout
+from helix.ranks.hosts import Hosts
 from helix.study.between import between_hosts
 from helix.study.measure import Measured, Recorded
 from helix.study.report import Accuracy, Bubble, Measurement, Memory, MethodLabel, Rival, Schedules, Traffic

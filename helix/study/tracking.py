@@ -10,7 +10,7 @@ file keeps 7 bytes, silently. A rank ends in five ways:
                         fd: a thread waiting there finishes the run and ends the process, with 128 + signal.
                         (`sigwait` in a thread was rejected: it needs the signal blocked in every thread, those
                         of gloo and W&B included, and W&B's own process would inherit the block.)
-    lost rank           where ranks watch each other (`helix.comm.heartbeat`), the one that says so finishes the run.
+    lost rank           where ranks watch each other (`helix.ranks.heartbeat`), the one that says so finishes the run.
     SIGKILL             nobody can finish it; see `track`.
 
 Processes that rank 0 forks itself (data loaders) share neither the watcher nor its socket: a signal to one of
@@ -33,9 +33,9 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from helix.comm import activity
-from helix.comm.failure import stop, told
 from helix.config.schema import ConfigError
+from helix.flight import activity
+from helix.ranks.failure import stop, told
 from helix.study.left import HISTORY
 from helix.study.report import Tracked
 

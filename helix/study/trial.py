@@ -15,11 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from helix.checkpoint.content import CheckpointError
-from helix.comm.destinations import Destinations
-from helix.comm.failure import exhausted
-from helix.comm.hosts import Hosts
 from helix.comm.mesh import Mesh
-from helix.comm.process_group import hosts
 from helix.comm.record import record
 from helix.parallel.methods.build import build
 from helix.parallel.methods.method import Job, Layout, Method
@@ -27,7 +23,11 @@ from helix.partition.between_hosts import Pairs
 from helix.partition.function import Function, function_of
 from helix.partition.grid import PartitionError
 from helix.partition.placement import ACROSS, INSIDE, hosts_placed
+from helix.ranks.failure import exhausted
+from helix.ranks.hosts import Hosts
+from helix.ranks.process_group import hosts
 from helix.study.accuracy import Oracle, name_of, relative_error
+from helix.study.destinations import Destinations
 from helix.study.memory import PeakMemory
 
 T = TypeVar("T")

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from helix.comm import transport
-from helix.comm.activity import enter
 from helix.config.train_schema import TrainConfig
+from helix.flight.activity import enter
 from helix.parallel.precision import HelixPrecision
 from helix.study.tracking import Tracker
 from helix.training.learner import NATS_PER_BIT, LanguageModel

@@ -15,10 +15,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from helix.checkpoint.agree import from_rank_0
 from helix.checkpoint.content import CheckpointError
 from helix.checkpoint.manifest import CheckpointWarning, checkpoints, verify
-from helix.comm.launch import Restart, first_said
 from helix.config.schema import digest
 from helix.config.train_schema import TrainConfig
 from helix.parallel.checkpoint_callback import HelixCheckpoints
+from helix.ranks.launch import Restart, first_said
 
 
 @dataclass(frozen=True)

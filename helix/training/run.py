@@ -10,19 +10,19 @@ from pathlib import Path
 import torch.distributed as dist
 from lightning.pytorch import Callback, Trainer
 
-from helix.comm import flight
-from helix.comm.activity import enter
-from helix.comm.agreement import agree_on
-from helix.comm.launch import launch
-from helix.comm.process_group import hosts
 from helix.config.environment import local_ranks, resolve_device, speaks
 from helix.config.methods import to_name
 from helix.config.schema import ITEMSIZE, digest, to_grid, to_options, to_shape
 from helix.config.train_schema import TrainConfig, check_enough
+from helix.flight import ring
+from helix.flight.activity import enter
 from helix.parallel.checkpoint_callback import HelixCheckpoints
 from helix.parallel.strategy import HelixStrategy
 from helix.partition.cost import cheapest_schedule
 from helix.partition.options import AttentionOptions
+from helix.ranks.agreement import agree_on
+from helix.ranks.launch import launch
+from helix.ranks.process_group import hosts
 from helix.study.between import host_ranks
 from helix.study.provenance import now
 from helix.study.report import MethodLabel, Schedules, Tracked
@@ -64,7 +64,7 @@ def _rank(settings: TrainConfig, run_dir: Path, device: str, began: str, text: b
     """What each rank does; rank 0 returns the report."""
     agree_on(asdict(settings), run_dir)
     beginning = begin(settings, run_dir)
-    flight.keep_in(beginning.run_dir)  # of the first start, if the ranks were started again
+    ring.keep_in(beginning.run_dir)  # of the first start, if the ranks were started again
     if dist.get_rank() != 0:
         train(settings, device, text, Tracker(None, None), beginning)
         return None

@@ -15,13 +15,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from helix.comm.hosts import own_host
 from helix.models.experts import load_deepspeed
 from helix.parallel.methods.library import LibraryTensorParallel
 from helix.parallel.methods.method import Job, Layout
 from helix.partition import wire
 from helix.partition.grid import PartitionError, shard_range
 from helix.partition.shape import TransformerShape
+from helix.ranks.hosts import own_host
 
 
 class HuggingFace(LibraryTensorParallel):

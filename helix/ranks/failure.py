@@ -21,7 +21,7 @@ class RankError(RuntimeError):
 
     Args:
         rank: which one; host: where it ran.
-        phase: what it was doing; see `helix.comm.activity`.
+        phase: what it was doing; see `helix.flight.activity`.
         what: what happened to it, as in "was killed by SIGKILL".
         detail: more about it, after the phase; empty for none.
         trace: its traceback, if it raised.

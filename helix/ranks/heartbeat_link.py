@@ -7,8 +7,8 @@ import socket
 from dataclasses import dataclass
 from typing import Any
 
-from helix.comm import activity
-from helix.comm.failure import RankError
+from helix.flight import activity
+from helix.ranks.failure import RankError
 
 LINE_BYTES, FIRST_BYTES = 1 << 20, 1 << 10  # of a rank's line; of who has not said yet who it is
 _SEND_S = 2.0

@@ -26,11 +26,11 @@ from typing import Any, NoReturn
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
-from helix.comm import flight
-from helix.comm.activity import current
-from helix.comm.flight import Entry
-from helix.comm.parting import parted, ranks_in_words, rows_parted
-from helix.comm.waiting import Spot, circle
+from helix.flight import ring
+from helix.flight.activity import current
+from helix.flight.parting import parted, ranks_in_words, rows_parted
+from helix.flight.ring import Entry
+from helix.flight.waiting import Spot, circle
 
 # One word of the store holds how many have come, and above these bits the sum of what they have come with.
 _BITS = 12
@@ -67,7 +67,7 @@ class Checks:
         self._limit_s, self._known = limit_s, set[str]()
         self._spot = Spot(dist.get_rank(), socket.gethostname())
         self._say(self._spot)
-        flight.begin_anew()
+        ring.begin_anew()
 
     def __enter__(self) -> None:
         _active.append(self)

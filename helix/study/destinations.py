@@ -6,8 +6,8 @@ from collections import Counter, defaultdict
 
 import torch.distributed as dist
 
-from helix.comm.hosts import Hosts
 from helix.comm.record import Call, Log
+from helix.ranks.hosts import Hosts
 
 
 class Destinations(Log):

@@ -24,8 +24,8 @@ from weakref import WeakKeyDictionary, ref
 import torch
 import torch.distributed as dist
 
-from helix.comm.activity import current
-from helix.comm.parting import place_in_words, tensor_in_words
+from helix.flight.activity import current
+from helix.flight.parting import place_in_words, tensor_in_words
 
 ENTRIES = 1000  # of the ring; a step of 16 layers with its backward is a few hundred
 FOLDER = "flight"
@@ -54,7 +54,7 @@ class Entry:
         axis: the mesh axis' name, or the library's group.
         shape: of what the rank puts in; None where that says nothing.
         nbytes: that leave the rank.
-        phase: that the rank was in (`helix.comm.activity`).
+        phase: that the rank was in (`helix.flight.activity`).
         came: seconds of the monotonic clock.
         ended: as `came`; None while it is under way, or where that is not known.
         enqueued: as `came`, if a CUDA stream or another library then took it over: nobody here knows when it ends.

@@ -28,10 +28,10 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.api import MultiprocessContext
 
-from helix.comm import activity
-from helix.comm.failure import Memory, RankError, ended, raised
-from helix.comm.process_group import ProcessGroup
-from helix.comm.rendezvous import LOOPBACK, LoopbackRendezvous
+from helix.flight import activity
+from helix.ranks.failure import Memory, RankError, ended, raised
+from helix.ranks.process_group import ProcessGroup
+from helix.ranks.rendezvous import LOOPBACK, LoopbackRendezvous
 
 T = TypeVar("T")
 _PR_SET_PDEATHSIG = 1
@@ -143,7 +143,7 @@ def _status(pid: int) -> str | None:
 def fork(
     fn: Callable[..., T], args: tuple[Any, ...], ranks: int, device: str, timeout_s: float, max_restarts: int
 ) -> list[T]:
-    """Run `fn(*args)` on forked ranks and return each rank's result; see `helix.comm.launch.launch`."""
+    """Run `fn(*args)` on forked ranks and return each rank's result; see `helix.ranks.launch.launch`."""
     # All ranks are on this machine. Gloo would otherwise look up the host's name, on every rank, and a slow
     # name server then holds up the start.
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")

@@ -23,10 +23,10 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
 import helix
-from helix.comm import flight
-from helix.comm.fork import forked
-from helix.comm.parting import ranks_in_words
 from helix.config.schema import ConfigError
+from helix.flight import ring
+from helix.flight.parting import ranks_in_words
+from helix.ranks.fork import forked
 
 LIMIT_S = 60.0  # ranks that start do so together, but for what reading the source and a slow disk take
 _VARIABLES = ("HELIX_DEBUG", "HELIX_DEBUG_LIMIT_S", "HELIX_SHARED_MEMORY")
@@ -49,10 +49,10 @@ def agree_on(settings: Mapping[str, Any], folder: Path | None = None) -> None:
             the ranks that have not come.
     """
     # None of an earlier job of this process: what ends here is not to be found there.
-    flight.keep_in(folder)
+    ring.keep_in(folder)
     if not forked():
         agreed = compare(_fields(settings), LIMIT_S, "" if folder is None else str(folder.absolute()))
-        flight.keep_in(Path(agreed) if agreed else None)
+        ring.keep_in(Path(agreed) if agreed else None)
 
 
 def compare(fields: Mapping[str, str], limit_s: float, folder: str = "") -> str:

@@ -20,13 +20,13 @@ from uuid import uuid4
 import torch
 import torch.distributed as dist
 
-from helix.comm import flight
-from helix.comm.heartbeat import Heartbeat
-from helix.comm.hosts import Hosts, hosts_of, own_host
-from helix.comm.interface import choose_interface
 from helix.config.environment import debug_limit_s
+from helix.flight import ring
 from helix.partition.grid import PartitionError
 from helix.partition.placement import AUTO, Placed, place
+from helix.ranks.heartbeat import Heartbeat
+from helix.ranks.hosts import Hosts, hosts_of, own_host
+from helix.ranks.interface import choose_interface
 
 # This process's connection to the launcher's store, and the number of its next process group.
 _connected: list[tuple[dist.Store, int, int]] = []
@@ -56,7 +56,7 @@ class ProcessGroup:
         device: "cpu" (gloo) or "cuda" (NCCL).
         timeout_s: after which a collective that waits for a missing rank gives up.
         placement, slices: see `helix.partition.placement.place`.
-        watched: whether the ranks watch each other (`helix.comm.heartbeat`), as nobody else does it on several hosts.
+        watched: whether the ranks watch each other (`helix.ranks.heartbeat`), as nobody else does it on several hosts.
 
     Raises:
         PartitionError: on every rank, when it is entered, if the placement cannot be kept on the ranks' hosts.
@@ -128,7 +128,7 @@ class ProcessGroup:
     ) -> None:
         if error is not None:
             with suppress(Exception):  # the group may be gone; what is raised is why
-                flight.write(reason=f"{type(error).__name__}: {error}")
+                ring.write(reason=f"{type(error).__name__}: {error}")
             self._part(error)
             return
         try:

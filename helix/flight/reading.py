@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from helix.comm.parting import parted, place_in_words, ranks_in_words, tensor_in_words
 from helix.config.schema import ConfigError
+from helix.flight.parting import parted, place_in_words, ranks_in_words, tensor_in_words
 
 
 @dataclass(frozen=True)
 class Noted:
-    """One collective or transfer of one rank, as `helix.comm.flight.Entry` has it; times in seconds of the epoch."""
+    """One collective or transfer of one rank, as `helix.flight.ring.Entry` has it; times in seconds of the epoch."""
 
     course: str
     ranks: tuple[int, ...]

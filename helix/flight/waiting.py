@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from helix.comm.parting import place_in_words
+from helix.flight.parting import place_in_words
 
 
 @dataclass(frozen=True)
@@ -14,7 +14,7 @@ class Spot:
     """Where a rank is, as it says before it waits.
 
     Args:
-        host, phase: where it runs, and what it was doing (`helix.comm.activity`).
+        host, phase: where it runs, and what it was doing (`helix.flight.activity`).
         course, number: of the last collective or transfer that it came to; 0 before the first.
         axis, ranks, what: of that, for people.
         meets: whether all of its ranks wait for each other there, as those of a transfer do not.

@@ -16,12 +16,12 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from helix.comm import activity
-from helix.comm.failure import RankError
-from helix.comm.fork import fork, killed
-from helix.comm.process_group import ProcessGroup, launchers_store
 from helix.config.environment import check_switches, started
+from helix.flight import activity
 from helix.partition.placement import AUTO, check_hosts
+from helix.ranks.failure import RankError
+from helix.ranks.fork import fork, killed
+from helix.ranks.process_group import ProcessGroup, launchers_store
 
 __all__ = ["RankError", "Restart", "agree", "launch", "restarted"]
 

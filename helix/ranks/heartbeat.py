@@ -12,7 +12,7 @@ collective, of gloo or of NCCL, no exception would reach it. Who loses rank 0 de
 network that was cut, all ranks end.
 
 Not through the launcher's store: who asks it finds out every two seconds at best, and torchrun stops the ranks of a
-host a tenth of a second after one of them has died. Forked ranks are watched by their launcher (`helix.comm.fork`).
+host a tenth of a second after one of them has died. Forked ranks are watched by their launcher (`helix.ranks.fork`).
 """
 
 from __future__ import annotations
@@ -34,12 +34,13 @@ from uuid import uuid4
 
 import torch.distributed as dist
 
-from helix.comm import activity, failure, flight
-from helix.comm.failure import RankError, end_agent
-from helix.comm.heartbeat_link import FIRST_BYTES, LINE_BYTES, Line, Peer
-from helix.comm.hosts import hosts_of
-from helix.comm.parting import ranks_in_words
 from helix.config.environment import tell_launcher
+from helix.flight import activity, ring
+from helix.flight.parting import ranks_in_words
+from helix.ranks import failure
+from helix.ranks.failure import RankError, end_agent
+from helix.ranks.heartbeat_link import FIRST_BYTES, LINE_BYTES, Line, Peer
+from helix.ranks.hosts import hosts_of
 
 BEAT_S = 2.0
 # The thread beats between others' turns at Python's lock, which no single call holds for so long.
@@ -60,7 +61,7 @@ class Heartbeat:
     Args:
         store: fresh keys that all ranks share.
         number: the launcher's, of this process.
-        said: `helix.comm.hosts.own_host` of every process.
+        said: `helix.ranks.hosts.own_host` of every process.
     """
 
     def __init__(self, store: dist.Store, number: int, said: list[str]) -> None:
@@ -162,7 +163,7 @@ class Heartbeat:
         self._say({"bye": True})
 
     def _state(self) -> dict[str, Any]:
-        state = {"pid": os.getpid(), "phase": activity.current(), "last": flight.last()}
+        state = {"pid": os.getpid(), "phase": activity.current(), "last": ring.last()}
         return state | ({} if self._own is None else {"raised": self._own.short()})
 
     def _say(self, words: dict[str, Any]) -> None:
@@ -251,7 +252,7 @@ class Heartbeat:
         self._kill([(each.number, each.pid) for each in self._silent()])
         tell_launcher(str(verdict))
         with suppress(Exception):  # the group may be gone
-            flight.write(reason=str(verdict))
+            ring.write(reason=str(verdict))
         if self._speaks():
             print(f"{Path(sys.argv[0]).name}: error: {verdict}", file=sys.stderr, flush=True)
             failure.tell(verdict)

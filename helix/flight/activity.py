@@ -1,7 +1,7 @@
 """What this rank is doing: the phase that a message names when the rank is lost.
 
 A rank that is killed can say nothing, so it says beforehand where it is: in a file that its launcher reads when it is
-gone, and in what `helix.comm.heartbeat` tells the other ranks. Phases are coarse ("load", "measurement, run 2 of 5"):
+gone, and in what `helix.ranks.heartbeat` tells the other ranks. Phases are coarse ("load", "measurement, run 2 of 5"):
 a few for each run, none for a step, and entering one takes 10 us.
 """
 
