@@ -8,14 +8,21 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from helix.config.environment import started
+from helix.config import environment
+from helix.config.check import check_device
+from helix.config.environment import Started, started
+from helix.config.schema import ConfigError
 from helix.partition.between_hosts import between_hosts
 from helix.partition.grid import Grid, PartitionError
 from helix.partition.options import AttentionOptions
 from helix.partition.placement import ACROSS, AUTO, INSIDE, RANK_ORDER, check_hosts, hosts_placed, place
 from helix.partition.shape import TransformerShape
 from helix.partition.transformer_cost import TransformerCost
-from helix.ranks.hosts import hosts_of, own_host
+from helix.ranks.hosts import first_of_host, hosts_of, own_host
+from helix.ranks.launch import _adopt_slurm
+
+TORCHRUN = {"RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "2"}
+SLURM = {"SLURM_PROCID": "1", "SLURM_NTASKS": "8", "SLURM_NNODES": "2", "SLURM_JOB_ID": "7"}
 
 
 @st.composite
@@ -113,16 +120,45 @@ def test_hosts_are_told_apart_by_more_than_their_names() -> None:
     assert len(own_host().split()) == 3
 
 
-def test_launchers_say_how_many_hosts_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    torchrun = {"RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "2"}
-    slurm = {"SLURM_PROCID": "1", "SLURM_NTASKS": "8", "SLURM_NNODES": "2"}
-    for variables, count in ((torchrun, 4), (torchrun | {"GROUP_WORLD_SIZE": "3"}, 3), (slurm, 2)):
-        with monkeypatch.context() as patch:
-            for key, value in variables.items():
-                patch.setenv(key, value)
-            here = started()
-            assert here is not None
-            assert here.hosts == count
+@pytest.mark.parametrize("variables", [TORCHRUN, TORCHRUN | {"GROUP_WORLD_SIZE": "3"}, SLURM])
+def test_launchers_say_how_many_hosts_there_are(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
+    for key, value in variables.items():
+        monkeypatch.setenv(key, value)
+    here = started()
+    assert here is not None
+    assert here.hosts == int(variables.get("GROUP_WORLD_SIZE", "4" if variables == TORCHRUN else "2"))
+    assert here.by == ("SLURM" if variables == SLURM else "torchrun")
+
+
+def test_a_task_of_sruns_is_one_still_when_its_ranks_have_met(monkeypatch: pytest.MonkeyPatch) -> None:
+    for key, value in (SLURM | {"SLURM_LOCALID": "1", "SLURM_GTIDS": "0,1,2,3,4", "MASTER_ADDR": "here"}).items():
+        monkeypatch.setenv(key, value)
+    for each in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "MASTER_PORT"):
+        monkeypatch.setenv(each, "")  # so that it is put back
+        monkeypatch.delenv(each)
+    before = started()
+    assert before == Started("SLURM", 8, 1, 5, 2)
+    _adopt_slurm()
+    assert started() == before
+
+
+def test_the_first_rank_of_each_host() -> None:
+    said = ["a", "b", "a", "b", "c"]
+    assert [number for number in range(5) if first_of_host(said, number)] == [0, 1, 4]
+
+
+@pytest.mark.parametrize("variable", [{"SLURM_GPUS_PER_TASK": "1"}, {"SLURM_TRES_PER_TASK": "cpu:4,gres/gpu:1"}])
+def test_a_task_that_sees_its_own_gpu_alone_is_not_left_to_the_cpu(
+    monkeypatch: pytest.MonkeyPatch, variable: dict[str, str]
+) -> None:
+    monkeypatch.setattr(environment, "gpus", lambda: 1)
+    assert check_device("auto", 4) == "cpu"
+    monkeypatch.setenv(*next(iter(variable.items())))
+    assert check_device("auto", 1) == "cuda"
+    assert check_device("cpu", 4) == "cpu"
+    for asked in ("auto", "cuda"):
+        with pytest.raises(ConfigError, match="ask for --gpus-per-node, or choose device=cpu"):
+            check_device(asked, 4)
 
 
 def transformer(m: int, n: int, schedule: str, batch: int = 3, length: int = 6, **options: str) -> TransformerCost:

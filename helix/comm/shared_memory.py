@@ -30,7 +30,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from helix.comm.mesh import Axis
-from helix.config.environment import shares_memory
+from helix.config.environment import kernel_namespace, shares_memory
 
 # Up to here the meeting is what costs; beyond it the bytes do, which gloo moves as well.
 SLOT_BYTES = 65536
@@ -200,11 +200,7 @@ def _kernel() -> str:
     """What only ranks have in common that can open each other's memory; empty where there is no futex."""
     if sys.platform != "linux" or platform.machine() != "x86_64" or not shares_memory():
         return ""
-    try:
-        with open("/proc/sys/kernel/random/boot_id") as file:
-            return file.read() + os.readlink("/proc/self/ns/pid")
-    except OSError:
-        return ""
+    return kernel_namespace()
 
 
 def _make(size: int) -> int | None:

@@ -269,8 +269,16 @@ def check_placement(parallel: ParallelConfig) -> None:
 
 
 def check_device(device: str, local_ranks: int) -> str:
-    """Check that CUDA, if it is asked for, has a GPU for each rank; returns the device that `auto` means."""
+    """Check that CUDA, if it is asked for, has a GPU for each rank; returns the device that `auto` means.
+
+    A rank takes the GPU of its number on its host, so it has to see all of them.
+    """
     present = environment.gpus()
+    if device != "cpu" and 0 < present < local_ranks and environment.dealt_out():
+        raise ConfigError(
+            f"SLURM shows each task {present} of its host's GPUs alone (--gpus-per-task), and {local_ranks} ranks of "
+            "one host have to see all of theirs; ask for --gpus-per-node, or choose device=cpu"
+        )
     if device == "cuda" and present < local_ranks:
         raise ConfigError(
             f"device=cuda needs a GPU for each of {local_ranks} ranks, and this machine has {present}; "

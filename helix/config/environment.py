@@ -52,13 +52,16 @@ def started() -> Started | None:
     Raises:
         ConfigError: if the launcher's variables are not numbers.
     """
+    slurm = "SLURM_PROCID" in os.environ and os.environ.get("SLURM_NTASKS", "1") != "1"
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         ranks = _number("WORLD_SIZE")
         local = _number("LOCAL_WORLD_SIZE") if "LOCAL_WORLD_SIZE" in os.environ else ranks
         hosts = _number("GROUP_WORLD_SIZE") if "GROUP_WORLD_SIZE" in os.environ else -(-ranks // max(1, local))
-        return Started("torchrun", ranks, _number("RANK"), local, max(1, hosts))
+        # A task of srun's has these too, once its ranks have met.
+        by = "SLURM" if slurm and "TORCHELASTIC_RUN_ID" not in os.environ else "torchrun"
+        return Started(by, ranks, _number("RANK"), local, max(1, hosts))
     # One task is a plain batch script, whose ranks are forked as anywhere else.
-    if "SLURM_PROCID" in os.environ and os.environ.get("SLURM_NTASKS", "1") != "1":
+    if slurm:
         ranks, hosts = _number("SLURM_NTASKS"), max(1, _number("SLURM_NNODES", "1"))
         tasks = os.environ.get("SLURM_GTIDS")  # of this node, by their numbers: "4,5,6"
         local = len(tasks.split(",")) if tasks else -(-ranks // hosts)
@@ -94,6 +97,23 @@ def gpus() -> int:
         return present
     named = [name for name in visible.split(",") if name.strip() not in ("", "-1")]
     return min(present, len(named))
+
+
+def dealt_out() -> bool:
+    """Whether SLURM shows each of its tasks a GPU of its own alone, as `--gpus-per-task` asks."""
+    return "SLURM_GPUS_PER_TASK" in os.environ or "gres/gpu" in os.environ.get("SLURM_TRES_PER_TASK", "")
+
+
+def kernel_namespace() -> str:
+    """What only processes have in common that can open each other's memory: the kernel's start, their namespace.
+
+    Empty where there is no such thing, as outside Linux.
+    """
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            return f"{file.read().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
 
 
 def most_ranks() -> int:

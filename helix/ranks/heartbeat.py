@@ -40,7 +40,7 @@ from helix.flight.parting import ranks_in_words
 from helix.ranks import failure
 from helix.ranks.failure import RankError, end_agent
 from helix.ranks.heartbeat_link import FIRST_BYTES, LINE_BYTES, Line, Peer
-from helix.ranks.hosts import hosts_of
+from helix.ranks.hosts import first_of_host, hosts_of
 
 BEAT_S = 2.0
 # The thread beats between others' turns at Python's lock, which no single call holds for so long.
@@ -270,8 +270,7 @@ class Heartbeat:
             return True
         if self._told:
             return False
-        local = int(os.environ.get("LOCAL_RANK", self._number))
-        return local == (1 if self._said[0] == self._said[self._number] else 0)
+        return first_of_host(self._said[1:], self._number - 1)  # rank 0 aside
 
     def _kill(self, silent: Iterable[Sequence[int]]) -> None:
         """A stopped rank of this host, by number and process, would outlive torchrun's SIGTERM by 30 s."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import socket
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from helix.config.environment import kernel_namespace
 from helix.partition.placement import INSIDE
 
 
@@ -46,13 +46,12 @@ def own_host() -> str:
     The name alone will not do: containers of one image may share it. Nor will the kernel: containers on one machine
     reach each other over the network only, as `helix.comm.shared_memory` finds, too.
     """
-    parts = [socket.gethostname()]
-    try:
-        with open("/proc/sys/kernel/random/boot_id") as file:
-            parts += [file.read().strip(), os.readlink("/proc/self/ns/pid")]
-    except OSError:  # not Linux
-        pass
-    return " ".join(parts)
+    return f"{socket.gethostname()} {kernel_namespace()}".strip()
+
+
+def first_of_host(said: Sequence[str], number: int) -> bool:
+    """Whether a rank or process is the first on its host, by what each one's `own_host` said."""
+    return said.index(said[number]) == number
 
 
 def hosts_of(said: Sequence[str], placement: str = INSIDE) -> Hosts:

@@ -123,6 +123,7 @@ def _join(fn: Callable[..., T], args: tuple[Any, ...], ranks: int, group: Proces
     running = int(os.environ["WORLD_SIZE"])
     if running != ranks:
         raise ValueError(f"{ranks} ranks were asked for, and {running} are running")
+    activity.enter(activity.START)  # of a sweep's second job, in a process that has had the first
     if own := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # in a folder of torchrun's for this rank
         activity.record_to(Path(own).with_name("activity"))
     with group:
@@ -145,6 +146,7 @@ def _adopt_slurm() -> None:
     env.setdefault("MASTER_PORT", str(15000 + number % 15000))
     env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_NTASKS"]
     env["LOCAL_RANK"], env["LOCAL_WORLD_SIZE"] = env["SLURM_LOCALID"], str(here.local_ranks)
+    env["GROUP_WORLD_SIZE"] = str(here.hosts)
 
 
 def _first_node(nodes: str) -> str:

@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import os
 import tempfile
-from collections import ChainMap, Counter
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -21,7 +21,7 @@ from helix.parallel.methods.method import Job, Layout
 from helix.partition import wire
 from helix.partition.grid import PartitionError, shard_range
 from helix.partition.shape import TransformerShape
-from helix.ranks.hosts import own_host
+from helix.ranks.hosts import first_of_host, own_host
 
 
 class HuggingFace(LibraryTensorParallel):
@@ -78,17 +78,17 @@ class HuggingFace(LibraryTensorParallel):
     @contextmanager
     def saved(self) -> Iterator[str]:
         """The folder with the weights, written by one rank of each host, as long as any rank is in the body."""
-        own = own_host()
-        folders: list[Any] = [None] * dist.get_world_size()
+        said: list[str] = [""] * dist.get_world_size()
+        folders: list[str | OSError | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(said, own_host())
         with ExitStack() as stack:
-            if int(os.environ["LOCAL_RANK"]) == 0:
-                dist.all_gather_object(folders, {own: self._save(stack)})
-            else:
-                dist.all_gather_object(folders, {})
-            found = ChainMap(*folders)
-            if errors := [each for each in found.values() if isinstance(each, OSError)]:
+            own = self._save(stack) if first_of_host(said, dist.get_rank()) else None
+            dist.all_gather_object(folders, own)
+            if errors := [each for each in folders if isinstance(each, OSError)]:
                 raise errors[0]  # on every rank
-            yield found[own]
+            found = folders[said.index(said[dist.get_rank()])]
+            assert isinstance(found, str)
+            yield found
             dist.barrier()
 
     def _save(self, stack: ExitStack) -> str | OSError:
