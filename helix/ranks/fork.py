@@ -39,6 +39,7 @@ _KILLED = "HELIX_KILLED"  # in a rank's environment: why the ranks before it wer
 # A rank that SIGSTOP stopped, or the job control of a shell, holds up all the others: for so long it may be looked at.
 _STOPPED_LIMIT_S = 10.0
 _LOOK_S = 1.0
+_CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL)
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,8 @@ class _Agent(LocalElasticAgent):
             if rank in self._stopped.killed:
                 what = f"was stopped for {_STOPPED_LIMIT_S:.0f} s, as by SIGSTOP,"
                 return RankError(rank, socket.gethostname(), phase, what)
+            if -code in _CRASHES:
+                print(file=sys.stderr)  # elastic has ranks dump their stack, which at times breaks off within a line
             return ended(rank, phase, code, self._memory)
         return None
 
