@@ -6,11 +6,14 @@ import os
 import re
 import resource
 import signal
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +166,26 @@ def _numbers(host: Host) -> dict[int, int]:
             if numbers:
                 found[int(numbers[1].split()[-1])] = pid
     return found
+
+
+@contextmanager
+def small_disk(at: Path) -> Iterator[None]:
+    """A disk of 4 MB at a folder."""
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", at], check=True, capture_output=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", at], check=True)
+
+
+@cache
+def why_no_disk() -> str:
+    """Why no small disk can be made here, in one sentence; empty if it can."""
+    try:
+        with tempfile.TemporaryDirectory() as folder, small_disk(Path(folder)):
+            return ""
+    except (OSError, subprocess.CalledProcessError):
+        return "a disk that is full is a tmpfs, and mounting one needs root"
 
 
 def environment(pid: int) -> str:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import subprocess
 import sys
 import tempfile
 import time
@@ -31,7 +30,19 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from commands import _server
-from fault_jobs import FORKED, HOSTS, PHASES, Cell, Forked, befall, caught, environment, on_hosts
+from fault_jobs import (
+    FORKED,
+    HOSTS,
+    PHASES,
+    Cell,
+    Forked,
+    befall,
+    caught,
+    environment,
+    on_hosts,
+    small_disk,
+    why_no_disk,
+)
 from hosts import Host, hosts, why_not
 from texts import write_folder
 
@@ -99,8 +110,7 @@ def spoil(cell: Cell, folder: Path, models: Path) -> Ending:
     command = [each.format(models=models) for each in cell.command] + [f"hydra.run.dir={out}"]
     with ExitStack() as stack:
         if cell.fault == "full disk":
-            subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk], check=True)
-            stack.callback(subprocess.run, ["umount", "--lazy", disk], check=True)
+            stack.enter_context(small_disk(disk))
         made: list[Host] = list(stack.enter_context(hosts(2))) if cell.hosts else []
         jobs = on_hosts(made, command, env, folder) if made else [Forked(command, env)]
         try:
@@ -162,14 +172,20 @@ def _state(out: Path) -> str | None:
 
 
 def cells(phases: Sequence[str], faults: Sequence[str]) -> list[Cell]:
-    """All cells of the matrix that are asked for, and can be made here."""
+    """All cells of the matrix that are asked for, and can be made here; says on stderr which cannot."""
     forked = [Cell(phase, fault) for phase in phases for fault in FORKED if fault in faults]
     # Where a rank writes nothing, it does not miss room on the disk.
     forked = [cell for cell in forked if cell.fault != "full disk" or cell.phase in ("save", "checkpoint")]
     forked = [cell for cell in forked if cell != Cell("save", "no memory")]  # it needs none any more
     several = [Cell(phase, fault, hosts=True) for phase in phases for fault in HOSTS if fault in faults]
     several = [cell for cell in several if cell.phase in ("load", "measurement", "training")]
-    return forked + (several if not why_not() else [])
+    found = forked + several
+    for cannot, why in (("full disk", why_no_disk()), ("2 hosts", why_not())):
+        without = [cell for cell in found if cannot not in (cell.fault, "2 hosts" if cell.hosts else "")]
+        if why and len(without) < len(found):
+            print(f"without {len(found) - len(without)} cells of {cannot}: {why}", file=sys.stderr)
+            found = without
+    return found
 
 
 def run(asked: Sequence[Cell], folder: Path, at_once: int = 4, told: Callable[[Ending], None] = print) -> list[Ending]:
@@ -189,7 +205,7 @@ def run(asked: Sequence[Cell], folder: Path, at_once: int = 4, told: Callable[[E
 
 
 def table(endings: Sequence[Ending]) -> Table:
-    """Phase by fault, as the README shows it."""
+    """A row for each cell; what is wrong in a column of its own, if anything is."""
     shown = Table(title="A rank's faults, and how its job ends", title_justify="left")
     for name in ("phase", "fault", "ranks"):
         shown.add_column(name, no_wrap=True)
@@ -199,7 +215,7 @@ def table(endings: Sequence[Ending]) -> Table:
     if any(each.fault for each in endings):
         shown.add_column("wrong", style="red")
     for each in endings:
-        said = [re.sub(r"^.*error: |; the other ranks were stopped.*$", "", line) for line in each.said]
+        said = [re.sub(r"^.*?error: |; the other ranks were stopped.*$", "", line) for line in each.said]
         shown.add_row(
             each.cell.phase, each.cell.fault, "2 hosts" if each.cell.hosts else "forked", f"{each.seconds:.1f}",
             ",".join(map(str, each.exit_codes)), str(each.records), "\n".join(said),

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -18,9 +16,7 @@ from faults import Ending, cells, run
 from hosts import why_not
 
 from helix.flight import activity
-from helix.ranks import heartbeat
 from helix.ranks.failure import RankError, exhausted
-from helix.ranks.heartbeat import Heartbeat
 from helix.ranks.process_group import _agree
 from helix.study.left import left_in
 
@@ -72,38 +68,6 @@ def test_a_phase_is_said_outside_and_left_as_it_was_by_an_error(tmp_path: Path) 
     finally:
         activity.record_to(Path(os.devnull) / "nowhere")  # what cannot be written ends no rank
     assert activity.read(tmp_path / "none") == (0, "start")
-
-
-def test_a_rank_that_falls_silent_is_named_and_the_watchers_own_pause_is_not_silence(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(heartbeat, "SILENT_S", 1.0)
-    store, ended, mute = dist.HashStore(), threading.Event(), threading.Event()
-    found: list[RankError] = []
-
-    def end(self: Heartbeat, verdict: RankError) -> None:
-        if self._number == 0:
-            found.append(verdict)
-        ended.set()
-
-    def say(self: Heartbeat, words: dict[str, object], whole=Heartbeat._say) -> None:
-        if not (self._number == 1 and mute.is_set()):
-            whole(self, words)
-
-    monkeypatch.setattr(heartbeat, "BEAT_S", 0.2)
-    monkeypatch.setattr(Heartbeat, "_end", end)
-    monkeypatch.setattr(Heartbeat, "_say", say)
-    both = [Heartbeat(store, number, ["here a", "here a"]) for number in range(2)]
-    time.sleep(0.5)
-    clock = time.monotonic
-    monkeypatch.setattr(time, "monotonic", lambda: clock() + 60)  # as after Ctrl-Z and `fg`
-    assert not ended.wait(0.8)
-    mute.set()
-    assert ended.wait(5)
-    mute.clear()
-    assert "rank 1 (host here) was lost (stopped, or cut off" in str(found[0])
-    for each in both:
-        each._thread.join(5)
 
 
 def test_ranks_that_never_come_are_named() -> None:

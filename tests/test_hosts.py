@@ -77,6 +77,7 @@ def test_a_training_goes_on_after_a_host_lost_a_rank(tmp_path: Path) -> None:
     assert report["losses"] == read(undisturbed, "train_report.json")["losses"]
 
 
+@pytest.mark.timeout(300)
 def test_an_interface_that_a_host_lacks_is_named(tmp_path: Path) -> None:
     command = ["infer.py", "parallel=helix_2x2", *TINY, f"hydra.run.dir={tmp_path / 'run'}"]
     with hosts(2) as two:

@@ -44,6 +44,26 @@ def test_a_process_says_by_which_address_it_reached_the_launchers_store() -> Non
     assert json.loads(store.get("reached/0")) == {"address": "127.0.0.1", "refusal": None}
 
 
+@pytest.mark.parametrize("address", [each for each in OWN if not each.startswith("127.")])
+def test_a_loopback_address_of_the_stores_host_is_no_way_to_it(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where that host's own name stands for 127.0.1.1; this process is of the second of three hosts."""
+    monkeypatch.setenv("MASTER_ADDR", address)
+    store = dist.HashStore()
+    for number, said in ((0, "127.0.0.1"), (2, None)):
+        store.set(f"reached/{number}", json.dumps({"address": said, "refusal": None}))
+    choose_interface(store, 1, [0, 1, 2])
+    assert os.environ[VARIABLE] == OWN[address]
+
+
+def test_the_stores_host_takes_a_way_that_is_no_loopback() -> None:
+    address = next((each for each in OWN if not each.startswith("127.")), "127.0.0.1")
+    store = dist.HashStore()
+    for number, said in ((1, "127.0.0.1"), (2, address)):
+        store.set(f"reached/{number}", json.dumps({"address": said, "refusal": None}))
+    choose_interface(store, 0, [0, 1, 2])
+    assert os.environ[VARIABLE] == OWN[address]
+
+
 def test_what_is_set_stays() -> None:
     name = next(iter(OWN.values()))
     os.environ[VARIABLE] = name

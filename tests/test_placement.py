@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections import Counter
 
 import pytest
+import torch.distributed as dist
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
@@ -20,6 +23,7 @@ from helix.partition.shape import TransformerShape
 from helix.partition.transformer_cost import TransformerCost
 from helix.ranks.hosts import first_of_host, hosts_of, own_host
 from helix.ranks.launch import _adopt_slurm
+from helix.ranks.process_group import _own_cores
 
 TORCHRUN = {"RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "2"}
 SLURM = {"SLURM_PROCID": "1", "SLURM_NTASKS": "8", "SLURM_NNODES": "2", "SLURM_JOB_ID": "7"}
@@ -140,6 +144,19 @@ def test_a_task_of_sruns_is_one_still_when_its_ranks_have_met(monkeypatch: pytes
     assert before == Started("SLURM", 8, 1, 5, 2)
     _adopt_slurm()
     assert started() == before
+
+
+def test_cores_are_shared_by_the_ranks_of_a_host_that_may_use_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight cores each: process 0 alone has its own, 1 and 2 share theirs, and 3 is of another host."""
+    said, masks = ["a", "a", "a", "b"], [range(8), range(8, 16), range(8, 16), range(8)]
+    store = dist.HashStore()
+    for number, mask in enumerate(masks):
+        store.set(f"cores/{number}", json.dumps(list(mask)))
+    found = []
+    for number, mask in enumerate(masks):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, mask=mask: set(mask))
+        found.append(_own_cores(store, number, said))
+    assert found == [8, 4, 4, 8]
 
 
 def test_the_first_rank_of_each_host() -> None:

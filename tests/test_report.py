@@ -32,7 +32,6 @@ from helix.study.report import (
 )
 from helix.study.statistics import paired, summarize
 from helix.study.table import render
-from helix.study.text import byte_batches, corpus
 
 QKV, OUT, EXPERTS = "all_to_all/attention.qkv", "reduce_scatter/attention.output", "all_to_all/moe.dispatch"
 
@@ -208,46 +207,6 @@ def test_figure(value: float, text: str) -> None:
 @pytest.mark.parametrize(("count", "text"), [(0, "0 B"), (999, "999 B"), (999_600, "1 MB"), (4_330_752, "4.33 MB")])
 def test_size(count: int, text: str) -> None:
     assert size(count) == text
-
-
-def test_corpus_is_this_machines_own_and_repeatable() -> None:
-    text = corpus(limit_bytes=100_000)
-    assert len(text) == 100_000
-    assert text == corpus(limit_bytes=100_000)
-    assert b"import" in text
-
-
-def test_corpus_of_a_folder_and_of_a_file(tmp_path: Path) -> None:
-    (tmp_path / "b").mkdir()
-    (tmp_path / "b" / "two.txt").write_text("two")
-    (tmp_path / "a.txt").write_text("one ")
-    assert corpus(str(tmp_path)) == b"one two"
-    assert corpus(str(tmp_path / "a.txt")) == b"one "
-    assert corpus(str(tmp_path), limit_bytes=6) == b"one tw"
-    with pytest.raises(ValueError, match=r"there is no text at .*nothing"):
-        corpus(str(tmp_path / "nothing"))
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="is empty"):
-        corpus(str(tmp_path / "empty"))
-
-
-def test_batches_are_windows_of_the_text() -> None:
-    data = bytes(range(256))
-    tokens = byte_batches(data, batch=3, length=5, count=2, seed=7)
-    assert (tokens.shape, str(tokens.dtype)) == ((2, 3, 5), "int64")
-    assert (tokens[..., 1:] - tokens[..., :-1] == 1).all()
-    assert (tokens == byte_batches(data, 3, 5, 2, seed=7)).all()
-    assert (tokens != byte_batches(data, 3, 5, 2, seed=8)).any()
-    assert byte_batches(data, 1, 256, 1, seed=0).tolist() == [[list(data)]]
-
-
-@pytest.mark.parametrize(
-    ("sizes", "message"),
-    [((1, 257, 1), "256 bytes, too few for one sequence of 257"), ((0, 1, 1), "batch must be at least 1")],
-)
-def test_batches_refuse(sizes: tuple[int, int, int], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        byte_batches(bytes(range(256)), *sizes, seed=0)
 
 
 def compared() -> Report:

@@ -264,6 +264,8 @@ def test_ranks_that_torchrun_starts_again_go_on_in_the_first_starts_folder(
     assert piece["step"] > 0
     assert f"restart 1: training goes on after step {piece['step']}, from {piece['checkpoint']}" in process.read()[1]
     assert len(report_of(report.parent)["losses"]) == 40
+    # Nothing of how the first start failed, which a reader would take for this one's.
+    assert not [*report.parent.glob("flight/*"), *report.parent.glob("failed.json"), *report.parent.glob(".room")]
 
 
 @pytest.mark.parametrize(

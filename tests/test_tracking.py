@@ -199,3 +199,20 @@ def test_kind_none_does_nothing(tmp_path: Path) -> None:
         assert (tracker.experiment, tracker.path, tracker.id, tracker.mode) == (None, None, None, None)
         assert signal.getsignal(signal.SIGTERM) is handler
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_new_run_begins_a_new_history_and_a_restarted_one_goes_on(tmp_path: Path) -> None:
+    history = tmp_path / "history.jsonl"
+
+    def log(restarted: bool, *errors: Exception) -> None:
+        with track(LoggerConfig(kind="none"), tmp_path, {}, restarted) as tracker:
+            tracker.log({"loss": 1.0}, step=0)
+            for error in errors:
+                raise error
+
+    for restarted, lines in ((False, 1), (True, 2), (False, 1)):
+        with pytest.raises(LookupError):
+            log(restarted, LookupError())
+        assert len(history.read_text().splitlines()) == lines
+    log(True)
+    assert not history.exists()

@@ -1,12 +1,15 @@
-"""What a model is trained on: the cut of a text, and the order of its windows."""
+"""What models read and are trained on: the machine's own text, its cut, and the order of its windows."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helix.study.text import TrainingText, unigram_entropy
+from helix.study.text import TrainingText, byte_batches, corpus, unigram_entropy
 
 
 @settings(max_examples=60, deadline=None)
@@ -48,3 +51,43 @@ def test_unigram_entropy() -> None:
     assert unigram_entropy(b"aabb" * 5) == 1.0
     assert unigram_entropy(b"aaaa") == 0.0
     assert unigram_entropy(bytes(range(256))) == 8.0
+
+
+def test_corpus_is_this_machines_own_and_repeatable() -> None:
+    text = corpus(limit_bytes=100_000)
+    assert len(text) == 100_000
+    assert text == corpus(limit_bytes=100_000)
+    assert b"import" in text
+
+
+def test_corpus_of_a_folder_and_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "two.txt").write_text("two")
+    (tmp_path / "a.txt").write_text("one ")
+    assert corpus(str(tmp_path)) == b"one two"
+    assert corpus(str(tmp_path / "a.txt")) == b"one "
+    assert corpus(str(tmp_path), limit_bytes=6) == b"one tw"
+    with pytest.raises(ValueError, match=r"there is no text at .*nothing"):
+        corpus(str(tmp_path / "nothing"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="is empty"):
+        corpus(str(tmp_path / "empty"))
+
+
+def test_batches_are_windows_of_the_text() -> None:
+    data = bytes(range(256))
+    tokens = byte_batches(data, batch=3, length=5, count=2, seed=7)
+    assert (tokens.shape, str(tokens.dtype)) == ((2, 3, 5), "int64")
+    assert (tokens[..., 1:] - tokens[..., :-1] == 1).all()
+    assert (tokens == byte_batches(data, 3, 5, 2, seed=7)).all()
+    assert (tokens != byte_batches(data, 3, 5, 2, seed=8)).any()
+    assert byte_batches(data, 1, 256, 1, seed=0).tolist() == [[list(data)]]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [((1, 257, 1), "256 bytes, too few for one sequence of 257"), ((0, 1, 1), "batch must be at least 1")],
+)
+def test_batches_refuse(sizes: tuple[int, int, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        byte_batches(bytes(range(256)), *sizes, seed=0)

@@ -23,6 +23,7 @@ from helix.certify.bounds import UNIT_ROUNDOFF, WIDE, Roundings, scales
 from helix.certify.cases import Case, subject_of
 from helix.certify.certificate import Certificate, Check, Copy, Found, Row, Traffic
 from helix.certify.table import render
+from helix.config import environment
 from helix.config.schema import ConfigError
 from helix.partition.shape import TransformerShape
 
@@ -126,6 +127,16 @@ def test_what_cannot_be_verified_is_refused() -> None:
         helix.verify(Grid(4, 1), SHAPE, "heads")
     with pytest.raises(PartitionError, match="n=4 does not divide kv_heads=2"):
         helix.verify(Grid(1, 4), SHAPE)
+
+
+def test_gpus_that_are_dealt_out_by_task_are_refused_instead_of_verifying_the_cpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("helix.certify.run.launch", lambda *args, **kwargs: pytest.fail("something was launched"))
+    monkeypatch.setattr(environment, "gpus", lambda: 1)
+    monkeypatch.setenv("SLURM_GPUS_PER_TASK", "1")
+    with pytest.raises(ConfigError, match="ask for --gpus-per-node, or choose device=cpu"):
+        helix.verify(Grid(2, 1), SHAPE)
 
 
 def _certificate(*found: Found) -> Certificate:

@@ -18,7 +18,8 @@ from helix.certify.cases import PRECISIONS, Case, Subject, cases_of, legal, subj
 from helix.certify.certificate import Certificate, Found, Row
 from helix.comm.debug import checked
 from helix.comm.mesh import Mesh
-from helix.config.environment import gpus, started
+from helix.config.check import check_device
+from helix.config.environment import local_ranks
 from helix.config.schema import PRETRAINED, ConfigError, ModelConfig, to_shape
 from helix.flight.checking import Disagreement
 from helix.partition.grid import Grid
@@ -86,16 +87,15 @@ def verify(
         seed: of weights and inputs.
 
     Raises:
-        ConfigError, PartitionError: if the grid does not fit, before anything is launched.
+        ConfigError, PartitionError: if the grid does not fit, or ranks have not the GPUs that were asked for,
+            before anything is launched.
     """
     shape, whole = _shape(model)
     subject = subject_of(shape, grid, options, ep_size, whole)
     plan = plan_of(subject, schedule, precisions, precision, seed)
     if dist.is_initialized():
         return certify(plan, Mesh(grid, device_type=device or _running_device()))
-    here = started()
-    device = device or ("cuda" if gpus() >= (here.local_ranks if here else grid.ranks) else "cpu")
-    return run(plan, device)
+    return run(plan, check_device(device or "auto", local_ranks(grid.ranks)))
 
 
 def plan_of(subject: Subject, schedule: str, precisions: Sequence[str], precision: str, seed: int = 0) -> Plan:

@@ -176,8 +176,8 @@ def check_training(settings: TrainConfig) -> None:
     # A single rank, and data replicas, train as grids of Helix's, and read what those read.
     laid = parallel if parallel.method == "tensor" else replace(parallel, method="helix")
     check_layer(laid, settings.model, data.batch_size, data.seq_len)
-    if data.path is not None:
-        check_enough(data, check_text("data.path", Path(data.path)))
+    # How long the standard library's own text is, the run finds out.
+    check_enough(data, data.limit_bytes if data.path is None else check_text("data.path", Path(data.path)))
     _check_trainer(settings.trainer, settings.optimizer)
     _check_restarts(settings)
     check_logger(settings.logger)

@@ -51,7 +51,11 @@ def record_to(path: Path) -> None:
 
 
 def folder() -> str | None:
-    """A folder of this rank's that its launcher removes when it has ended, however it has; None without a record."""
+    """A folder for this rank's temporary files; None without a record.
+
+    That of forked ranks is one for all of them, and their launcher removes it, however they have ended. Under torchrun
+    it is the rank's within torchrun's log folder, which torchrun leaves.
+    """
     return None if _record is None else str(_record.parent)
 
 

@@ -183,8 +183,8 @@ class Checks:
             if rank in spots and spots[rank].end:
                 end = f"{spots[rank].end}{_where([rank], spots)}"
                 self._fail(f"rank {rank} has {end}, and does not come to {place}, {wait}")
-        if ring := circle(spots, self._spot.rank, self._waits):
-            self._fail(_circular([spots[rank] for rank in ring]))
+        if found := circle(spots, self._spot.rank, self._waits):
+            self._fail(_circular([spots[rank] for rank in found]))
         if missing and waited_s > self._limit_s:
             there = "; ".join(_last(rank, spots) for rank in missing[:4])
             verb = "has" if len(missing) == 1 else "have"
@@ -260,9 +260,9 @@ def _where(ranks: Sequence[int], spots: Mapping[int, Spot]) -> str:
     return f" (during {'; '.join(dict.fromkeys(words))})" if words else ""
 
 
-def _circular(ring: Sequence[Spot]) -> str:
+def _circular(waiting: Sequence[Spot]) -> str:
     waits = (
         f"rank {spot.rank} waits for rank {after.rank} in {spot.place}"
-        for spot, after in zip(ring, [*ring[1:], ring[0]], strict=True)
+        for spot, after in zip(waiting, [*waiting[1:], waiting[0]], strict=True)
     )
     return f"ranks wait for each other in a circle: {'; '.join(waits)}"

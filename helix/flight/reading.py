@@ -11,6 +11,8 @@ from typing import Any
 from helix.config.schema import ConfigError
 from helix.flight.parting import parted, place_in_words, ranks_in_words, tensor_in_words
 
+FOLDER = "flight"  # of a run's folder
+
 
 @dataclass(frozen=True)
 class Noted:
@@ -63,10 +65,12 @@ def read(folder: Path) -> list[Record]:
     Raises:
         ConfigError: if there are none, or one is none.
     """
-    inner = folder / "flight"
+    inner = folder / FOLDER
     paths = sorted((inner if inner.is_dir() else folder).glob("rank-*.json"))
     if not paths:
-        raise ConfigError(f"{folder} holds no flight record (flight/rank-*.json), which ranks write when a run fails")
+        raise ConfigError(
+            f"{folder} holds no flight record ({FOLDER}/rank-*.json), which ranks write when a run fails"
+        )
     return sorted((_read(path) for path in paths), key=lambda record: record.rank)
 
 

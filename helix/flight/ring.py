@@ -26,9 +26,9 @@ import torch.distributed as dist
 
 from helix.flight.activity import current
 from helix.flight.parting import place_in_words, tensor_in_words
+from helix.flight.reading import FOLDER
 
 ENTRIES = 1000  # of the ring; a step of 16 layers with its backward is a few hundred
-FOLDER = "flight"
 
 
 class Course:

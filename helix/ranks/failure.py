@@ -6,13 +6,19 @@ import errno
 import os
 import signal
 import socket
-from collections.abc import Callable, Iterator
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 
+from helix.config.environment import tell_launcher
+
+# Where a run's folder is of a network that was cut off, who writes to it may never come back.
+_KEEP_S = 8.0
 _TEXT = 1 << 14  # characters of an error's words, and of its trace, that other ranks are told
 
 
@@ -67,7 +73,7 @@ def _kills() -> int | None:
 
 
 _told: list[Callable[[RankError], object]] = []
-_stopping = False
+_settled: list[Callable[[], object]] = []
 
 
 @contextmanager
@@ -80,19 +86,39 @@ def told(keep: Callable[[RankError], object]) -> Iterator[None]:
         _told.remove(keep)
 
 
+@contextmanager
+def settled(settle: Callable[[], object]) -> Iterator[None]:
+    """While inside, `settle` is called when this process is told to stop, and may end it with what is behind that."""
+    _settled.append(settle)
+    try:
+        yield
+    finally:
+        _settled.remove(settle)
+
+
 def stop() -> None:
-    """Note that this process was told to stop: that others end as well is then no fault of theirs."""
-    global _stopping
-    _stopping = True
+    """To be called when this process was told to stop; returns if no lost rank is behind that."""
+    for settle in _settled:
+        settle()
 
 
-def stopping() -> bool:
-    return _stopping
+def tell(error: RankError, speaks: bool) -> None:
+    """Say on stderr, if this rank `speaks`, why this process is about to end, and have what can be kept be kept.
+
+    The flight record by every rank, and what was asked for with `told` by the one that speaks, the first one first.
+    """
+    tell_launcher(str(error))
+    if speaks:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
+    keeping = threading.Thread(target=_keep, args=(error, _told if speaks else []), daemon=True)
+    keeping.start()
+    keeping.join(_KEEP_S)
 
 
-def tell(error: RankError) -> None:
-    """Have those who asked for it, the first one first, keep what can be kept; this process is about to end."""
-    for keep in _told:
+def _keep(error: RankError, told: Sequence[Callable[[RankError], object]]) -> None:
+    from helix.flight import ring  # brings torch, which a rank has and who reads its report need not
+
+    for keep in (lambda error: ring.write(reason=str(error)), *told):
         with suppress(Exception):  # the others' share, and the end itself, do not depend on it
             keep(error)
 

@@ -3,7 +3,7 @@
 Each rank has a thread, and a connection to rank 0's; on it goes, every two seconds and at each new phase, what the
 rank is doing. Three things end the job, and rank 0 decides which was first:
 
-    a connection closes        the rank's process has ended without a word, as by SIGKILL
+    a connection closes        the rank's process has ended without a word, as by SIGKILL; or it was told to end
     nothing comes for 15 s     it is stopped, or its host is cut off from the network
     a rank says it has raised  what it raised
 
@@ -12,7 +12,9 @@ collective, of gloo or of NCCL, no exception would reach it. Who loses rank 0 de
 network that was cut, all ranks end.
 
 Not through the launcher's store: who asks it finds out every two seconds at best, and torchrun stops the ranks of a
-host a tenth of a second after one of them has died. Forked ranks are watched by their launcher (`helix.ranks.fork`).
+host within a tenth of a second of one's death. That SIGTERM may be here before the closed connection is seen; so a
+rank ends of it only after it has told the others, and if no lost rank is found to be behind it. Forked ranks are
+watched by their launcher (`helix.ranks.fork`).
 """
 
 from __future__ import annotations
@@ -27,32 +29,33 @@ import threading
 import time
 import traceback
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
-from pathlib import Path
+from contextlib import ExitStack, suppress
 from typing import Any
 from uuid import uuid4
 
 import torch.distributed as dist
 
-from helix.config.environment import tell_launcher
 from helix.flight import activity, ring
 from helix.flight.parting import ranks_in_words
 from helix.ranks import failure
 from helix.ranks.failure import RankError, end_agent
-from helix.ranks.heartbeat_link import FIRST_BYTES, LINE_BYTES, Line, Peer
+from helix.ranks.heartbeat_link import FIRST_BYTES, LINE_BYTES, Line, Peer, serve
 from helix.ranks.hosts import first_of_host, hosts_of
+from helix.ranks.signals import signals
 
 BEAT_S = 2.0
 # The thread beats between others' turns at Python's lock, which no single call holds for so long.
 SILENT_S = 15.0
-# What a rank raised may be the echo of one that died, whose closed connection is seen within this time.
+# What a rank raised may be the echo of one that died, whose closed connection is seen within this time; one that was
+# told to end may have been with all others, as this one is then within it.
 _ECHO_S = 0.5
 # How long the others wait before they end, since the launcher then stops the one that still has something to say.
 _GRACE_S = 1.0
 _TICK_S = 0.25
-# A rank whose connection closes may have been stopped with all others, as this one will be; torchrun stops the others
-# of one that died after 0.1 s.
-_DOUBT_S = 0.05
+# How long after SIGTERM a lost rank may be found behind it.
+_SETTLE_S = 0.25
+# After Ctrl-C, how long the main thread gets to unwind by itself.
+_UNWIND_S = 1.0
 
 
 class Heartbeat:
@@ -76,6 +79,7 @@ class Heartbeat:
         self._decided, self._told = threading.Event(), False
         self._verdict: RankError | None = None
         self._leaving = False
+        self._stopped = threading.Event()  # told to end
         self._selector = selectors.DefaultSelector()
         self._bell, self._woken = socket.socketpair()  # wakes the thread: a new phase, an error, the end
         self._bell.setblocking(False)
@@ -84,6 +88,10 @@ class Heartbeat:
         self._thread = threading.Thread(target=self._run, name="helix-heartbeat", daemon=True)
         self._thread.start()
         activity.listen(self._wake)
+        self._undo = ExitStack()
+        self._undo.enter_context(failure.settled(self._settle))
+        if threading.current_thread() is threading.main_thread():
+            self._undo.enter_context(signals(self._on_signal))
 
     def place(self, positions: Sequence[int]) -> None:
         """From now on, call each process by its position on the mesh, which the launcher's number need not be."""
@@ -93,6 +101,7 @@ class Heartbeat:
 
     def leave(self) -> None:
         """Tell the others that this rank has done its work, and stop."""
+        self._undo.close()
         activity.listen(None)
         self._leaving = True
         self._wake()
@@ -109,16 +118,26 @@ class Heartbeat:
             self._thread.join()  # it ends this process
         error.__cause__ = self._own  # whose trace has the error's own cause
 
+    def _on_signal(self, number: int) -> None:
+        if number == signal.SIGINT:
+            self._thread.join(_UNWIND_S)
+        if self._thread.is_alive():
+            failure.stop()
+            os._exit(128 + number)
+
+    def _settle(self) -> None:
+        """This process was told to stop: have the others know. Returns if no lost rank is found behind it."""
+        self._stopped.set()
+        self._wake()
+        self._decided.wait(_SETTLE_S)
+        if self._verdict is not None:
+            self._thread.join()
+
     def _listen(self, store: dist.Store) -> None:
-        """On loopback where all ranks are of one host, else where the launcher's variables say that rank 0 is."""
-        self._token, alone = uuid4().hex, len(set(self._said)) == 1
-        dual = not alone and socket.has_dualstack_ipv6()
-        family = socket.AF_INET6 if dual else socket.AF_INET
-        here = "127.0.0.1" if alone else ""
-        self._server = socket.create_server((here, 0), family=family, dualstack_ipv6=dual, backlog=len(self._said))
+        self._token = uuid4().hex
+        self._server, address = serve(len(self._said), alone=len(set(self._said)) == 1)
         self._selector.register(self._server, selectors.EVENT_READ)
-        address = here or os.environ["MASTER_ADDR"]
-        store.set("heartbeat", json.dumps([address, self._server.getsockname()[1], self._token]))
+        store.set("heartbeat", json.dumps([*address, self._token]))
 
     def _connect(self, store: dist.Store) -> None:
         address, port, token = json.loads(store.get("heartbeat"))
@@ -151,7 +170,7 @@ class Heartbeat:
             if now - beaten >= BEAT_S:
                 beaten = now
                 self._say(self._state())
-            for key, _ in self._selector.select(_DOUBT_S if self._closed else _TICK_S):
+            for key, _ in self._selector.select(_TICK_S):
                 if key.fileobj is self._woken:
                     self._woken.recv(64)
                     beaten = 0.0
@@ -164,7 +183,8 @@ class Heartbeat:
 
     def _state(self) -> dict[str, Any]:
         state = {"pid": os.getpid(), "phase": activity.current(), "last": ring.last()}
-        return state | ({} if self._own is None else {"raised": self._own.short()})
+        state |= {} if self._own is None else {"raised": self._own.short()}
+        return state | ({"stopped": True} if self._stopped.is_set() else {})
 
     def _say(self, words: dict[str, Any]) -> None:
         for peer in self._peers:
@@ -212,7 +232,7 @@ class Heartbeat:
         peer.silent_s = 0.0
         for name in ("pid", "phase", "last"):
             setattr(peer, name, words.get(name, getattr(peer, name)))
-        peer.parted = peer.parted or "bye" in words
+        peer.parted, peer.stopped = peer.parted or "bye" in words, peer.stopped or "stopped" in words
         if "raised" in words and all(each.rank != peer.rank for each in self._raised):
             self._raised.append(RankError(*words["raised"]))
         if "verdict" in words:
@@ -222,8 +242,11 @@ class Heartbeat:
     def _decide(self) -> RankError | None:
         """What ends the job, if anything does."""
         now = time.monotonic()
-        if self._closed and now - self._closed[0][0] >= _DOUBT_S and not failure.stopping():
-            return self._closed[0][1].lost("was lost (its process ended without a word)")
+        for at, peer in sorted(self._closed, key=lambda each: each[1].stopped):
+            if not peer.stopped:
+                return peer.lost("was lost (its process ended without a word)")
+            if now - at >= _ECHO_S and not self._stopped.is_set():
+                return peer.lost("was lost (its process was told to end, as by SIGTERM)")
         if (silent := self._silent()) and silent[0].silent_s >= SILENT_S:
             others = ranks_in_words([each.rank for each in silent[1:]])
             more = f"so {'is' if len(silent) == 2 else 'are'} {others}" if silent[1:] else ""
@@ -250,16 +273,11 @@ class Heartbeat:
         if self._own is not None and verdict.trace:
             return
         self._kill([(each.number, each.pid) for each in self._silent()])
-        tell_launcher(str(verdict))
-        with suppress(Exception):  # the group may be gone
-            ring.write(reason=str(verdict))
-        if self._speaks():
-            print(f"{Path(sys.argv[0]).name}: error: {verdict}", file=sys.stderr, flush=True)
-            failure.tell(verdict)
-            if self._said[0] != self._said[self._number]:
-                end_agent()
-        else:
-            time.sleep(_GRACE_S)
+        failure.tell(verdict, speaks := self._speaks())
+        if not speaks:
+            self._stopped.wait(_GRACE_S)
+        elif self._said[0] != self._said[self._number]:
+            end_agent()
         with suppress(Exception):
             sys.stdout.flush()
         os._exit(1)
@@ -268,9 +286,7 @@ class Heartbeat:
         """Whether this rank says it: rank 0, or the first of each host that has lost rank 0."""
         if self._number == 0:
             return True
-        if self._told:
-            return False
-        return first_of_host(self._said[1:], self._number - 1)  # rank 0 aside
+        return not self._told and first_of_host(self._said[1:], self._number - 1)  # rank 0 aside
 
     def _kill(self, silent: Iterable[Sequence[int]]) -> None:
         """A stopped rank of this host, by number and process, would outlive torchrun's SIGTERM by 30 s."""

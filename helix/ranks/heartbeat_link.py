@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,14 @@ from helix.ranks.failure import RankError
 
 LINE_BYTES, FIRST_BYTES = 1 << 20, 1 << 10  # of a rank's line; of who has not said yet who it is
 _SEND_S = 2.0
+
+
+def serve(ranks: int, alone: bool) -> tuple[socket.socket, tuple[str, int]]:
+    """Where ranks connect: on loopback where all are of one host, else where the launcher says that rank 0 is."""
+    dual = not alone and socket.has_dualstack_ipv6()
+    family, here = socket.AF_INET6 if dual else socket.AF_INET, "127.0.0.1" if alone else ""
+    server = socket.create_server((here, 0), family=family, dualstack_ipv6=dual, backlog=ranks)
+    return server, (here or os.environ["MASTER_ADDR"], server.getsockname()[1])
 
 
 class Line:
@@ -60,6 +69,7 @@ class Peer:
     line: Line | None = None
     silent_s: float = 0.0
     parted: bool = False
+    stopped: bool = False
 
     def lost(self, what: str, more: str = "") -> RankError:
         last = f"its last collective was {self.last}" if self.last else ""

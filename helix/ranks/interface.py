@@ -6,6 +6,7 @@ installed, to which no other host can connect, and any one of a host's networks 
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import os
 import socket
@@ -22,8 +23,9 @@ VARIABLE = "GLOO_SOCKET_IFNAME"
 def choose_interface(store: dist.Store, number: int, hosts: Sequence[int]) -> None:
     """Set GLOO_SOCKET_IFNAME to the interface that leads to the other hosts, unless it is set; all ranks call it.
 
-    Every process says by which address of its own it reaches the launcher's store. On the store's host that may be any
-    address, so each looks up its way anew, to an address that a process of another host has said.
+    Every process says by which address of its own it reaches the launcher's store, which is on process 0's host. There
+    that may be any address, so it takes the way to another host's. A loopback address, as that host may have of
+    itself, is no way to another, unless there are none but such: hosts that are containers with one network.
 
     Args:
         store: in which the processes meet; its keys must be this start's own.
@@ -43,9 +45,16 @@ def choose_interface(store: dist.Store, number: int, hosts: Sequence[int]) -> No
     if VARIABLE in os.environ:
         return
     others = [answer["address"] for host, answer in answers.items() if host != hosts[number] and answer["address"]]
-    own = _own_address(others[0]) if others else None
+    ways = [_own_address(each) for each in sorted(others, key=_is_loopback)]
+    if hosts[number] != hosts[0]:  # not the store's
+        ways.insert(0, answers[hosts[number]]["address"])
+    own = min(filter(None, ways), key=_is_loopback, default=None)
     if own is not None and (name := _interfaces().get(own)) is not None:
         os.environ[VARIABLE] = name
+
+
+def _is_loopback(address: str) -> bool:
+    return ipaddress.ip_address(address.partition("%")[0]).is_loopback
 
 
 def _reached() -> dict[str, str | None]:

@@ -72,11 +72,8 @@ class ProcessGroup:
         self._heartbeat: Heartbeat | None = None
 
     def __enter__(self) -> None:
-        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
         if self.device == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", os.environ["RANK"])))
-        else:
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
         store, number, said = _own_store(self.timeout)
         if self._watched and len(said) > 1:
             self._heartbeat = Heartbeat(store, number, said)
@@ -88,6 +85,8 @@ class ProcessGroup:
             raise
 
     def _join(self, store: dist.Store, number: int, said: list[str]) -> None:
+        if self.device != "cuda":
+            torch.set_num_threads(_own_cores(store, number, said))
         placed, refused = self._place(said)
         rank = placed.positions[number]
         if self._heartbeat is not None:
@@ -155,6 +154,18 @@ class ProcessGroup:
             self._heartbeat.blame(error)
         else:  # or this rank was told to stop
             self._heartbeat.leave()
+
+
+def _own_cores(store: dist.Store, number: int, said: list[str]) -> int:
+    """This rank's share of the cores that it may use, among the ranks that may use the same.
+
+    Those of torchrun may use all of their host's; SLURM binds each, as a rule, to some that are its own.
+    """
+    own = json.dumps(sorted(os.sched_getaffinity(0)))
+    store.set(f"cores/{number}", own)
+    here = [f"cores/{other}" for other, host in enumerate(said) if host == said[number]]
+    sharing = sum(each.decode() == own for each in store.multi_get(here))
+    return max(1, len(os.sched_getaffinity(0)) // sharing)
 
 
 def _forget_parts() -> None:

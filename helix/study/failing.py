@@ -37,9 +37,8 @@ def ending(run_dir: Path, *said: type[Exception]) -> Iterator[None]:
     Raises:
         Stop: for all that came from a rank, a disk or a network. What else is raised here is a fault of the program.
     """
+    forget(run_dir)
     with suppress(OSError):
-        (run_dir / FAILED).unlink(missing_ok=True)  # of an earlier start
-        ring.remove(run_dir)
         (run_dir / _ROOM).write_bytes(bytes(_ROOM_BYTES))
     # On a full disk each line that W&B or Hydra adds to a log would become a traceback on stderr.
     before, logging.raiseExceptions = logging.raiseExceptions, False
@@ -67,10 +66,19 @@ def ending(run_dir: Path, *said: type[Exception]) -> Iterator[None]:
             print(lost.trace, file=sys.stderr)
         stop(f"{lost}; its traceback is {f'in {_home(run_dir) / FAILED}' if kept else 'above'}", code=1)
     finally:
+        home = _home(run_dir)
         ring.keep_in(None)  # what fails in this process from now on is another job's
         logging.raiseExceptions = before
         with suppress(OSError):
-            (run_dir / _ROOM).unlink(missing_ok=True)
+            for folder in (run_dir, home):  # which has that of a first start of torchrun's
+                (folder / _ROOM).unlink(missing_ok=True)
+
+
+def forget(run_dir: Path) -> None:
+    """Remove what an earlier start has left of how it failed, which is not to be taken for a later one's."""
+    with suppress(OSError):
+        (run_dir / FAILED).unlink(missing_ok=True)
+        ring.remove(run_dir)
 
 
 def _words(error: Exception) -> str:

@@ -1,7 +1,7 @@
 """What a job that failed has left in its folder: why, and what it had measured by then.
 
 failed.json     the sentence; the rank, its host and what it was doing; its traceback, if it raised
-history.jsonl   a line for each record that was logged; a job that ends well removes it
+history.jsonl   a line for each record that was logged, in all starts of the ranks; a job that ends well removes it
 """
 
 from __future__ import annotations
@@ -41,5 +41,11 @@ def left_in(folder: Path, faults: list[str]) -> Left:
 
 
 def _history(path: Path) -> dict[str, list[Any]]:
-    lines = path.read_text().splitlines() if path.exists() else []
-    return columns(json.loads(line) for line in lines)
+    """A record for each step, as W&B has it; ranks that were started again have come to some steps twice."""
+    steps: dict[Any, dict[str, Any]] = {}
+    for number, line in enumerate(path.read_text().splitlines() if path.exists() else []):
+        record = dict(json.loads(line))
+        step = record.get("_step")
+        key = ("line", number) if step is None else step
+        steps[key] = steps.get(key, {}) | record  # the later value of a step counts
+    return columns(steps.values())

@@ -4,17 +4,10 @@ A run's records reach its file only once they are flushed: in a forked rank that
 file keeps 7 bytes, silently. A rank ends in five ways:
 
     returns, raises     the context manager finishes the run (exit code 0, or the error's)
-    SIGTERM, SIGINT     torch elastic sends it to the survivors when a rank dies. The main thread is then, as a
-                        rule, blocked in C++ inside a collective, where Python runs no signal handler. But the
-                        C-level handler does run, in whichever thread the kernel picks, and writes to the wakeup
-                        fd: a thread waiting there finishes the run and ends the process, with 128 + signal.
-                        (`sigwait` in a thread was rejected: it needs the signal blocked in every thread, those
-                        of gloo and W&B included, and W&B's own process would inherit the block.)
+    SIGTERM, SIGINT     torch elastic sends it to the survivors when a rank dies: a thread that is told of it
+                        (`helix.ranks.signals`) finishes the run and ends the process, with 128 + signal.
     lost rank           where ranks watch each other (`helix.ranks.heartbeat`), the one that says so finishes the run.
     SIGKILL             nobody can finish it; see `track`.
-
-Processes that rank 0 forks itself (data loaders) share neither the watcher nor its socket: a signal to one of
-them is not a signal to the run.
 """
 
 from __future__ import annotations
@@ -22,20 +15,20 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from helix.config.schema import ConfigError
 from helix.flight import activity
 from helix.ranks.failure import stop, told
+from helix.ranks.signals import signals
 from helix.study.left import HISTORY
 from helix.study.report import Tracked
 
@@ -44,14 +37,11 @@ if TYPE_CHECKING:
 
     from helix.config.schema import LoggerConfig
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # torch elastic follows with SIGKILL after 30 s, a user sooner; an offline run needs less than 1 s to finish.
 _FINISH_LIMIT_S = 5.0
 _REACHED_LIMIT_S = 10.0  # W&B itself would wait for its server for 90 s
 # After Ctrl-C, how long the main thread gets to unwind by itself, so that its traceback and clean-up happen.
 _UNWIND_LIMIT_S = 1.0
-# The wakeup fd's socket while a run is watched. Handlers and wakeup fd are the process's, so this is too.
-_watched: list[socket.socket] = []
 
 
 class Tracker:
@@ -118,7 +108,9 @@ class Tracker:
 
 
 @contextmanager
-def track(config: LoggerConfig, directory: Path | str, run_config: Mapping[str, Any]) -> Iterator[Tracker]:
+def track(
+    config: LoggerConfig, directory: Path | str, run_config: Mapping[str, Any], restarted: bool = False
+) -> Iterator[Tracker]:
     """Own the W&B run of this process, which must be rank 0's, from its main thread.
 
     A process killed with SIGKILL loses what W&B had not written: offline it writes whole blocks of 32 KB and
@@ -130,19 +122,21 @@ def track(config: LoggerConfig, directory: Path | str, run_config: Mapping[str, 
         config: `kind: none` gives a tracker without a W&B run.
         directory: an existing folder, under which `wandb/` is made.
         run_config: the composed config as a plain dict.
+        restarted: whether the ranks were started again in this folder, so that its `history.jsonl` goes on.
 
     Raises:
         ConfigError: if `mode: online` finds no account, or no server.
     """
     history = Path(directory) / HISTORY
-    history.unlink(missing_ok=True)
+    if not restarted:
+        history.unlink(missing_ok=True)
     if config.kind == "none":
         yield Tracker(None, None, history)
     else:
         with _temporary_files_of_the_rank():
             run = _start(config, directory, run_config)
         tracker = Tracker(run, config.mode, history)
-        with _finish_on_signal(tracker), told(lambda _: tracker.fail(1)):
+        with signals(partial(_on_signal, tracker)), told(lambda _: tracker.fail(1)):
             try:
                 yield tracker
             except BaseException as error:
@@ -198,35 +192,10 @@ def _temporary_files_of_the_rank() -> Iterator[None]:
         tempfile.tempdir = before
 
 
-@contextmanager
-def _finish_on_signal(tracker: Tracker) -> Iterator[None]:
-    """While inside, SIGTERM and SIGINT finish the run, wherever the main thread is. Undone on the way out."""
-    receiver, sender = socket.socketpair()
-    sender.setblocking(False)
-    watcher = threading.Thread(target=_watch, args=(receiver, tracker), name="helix-signals", daemon=True)
-    watcher.start()
-    # A Python-level handler has to exist for the C-level one to be installed; SIGINT's does, as a rule.
-    before = signal.signal(signal.SIGTERM, _leave_to_watcher)
-    wakeup_before = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
-    _watched.append(sender)
-    try:
-        yield
-    finally:
-        _watched.remove(sender)
-        signal.set_wakeup_fd(wakeup_before)
-        signal.signal(signal.SIGTERM, before)
-        sender.close()  # the watcher reads the end of the stream, and returns
-        watcher.join(_FINISH_LIMIT_S)
-        receiver.close()
-
-
-def _watch(receiver: socket.socket, tracker: Tracker) -> None:
-    while numbers := receiver.recv(64):
-        for number in numbers:
-            if number == signal.SIGINT and tracker.finished.wait(_UNWIND_LIMIT_S):
-                continue  # the main thread was in Python, and KeyboardInterrupt reached it
-            if number in _SIGNALS:
-                _end(tracker, 128 + number)
+def _on_signal(tracker: Tracker, number: int) -> None:
+    if number == signal.SIGINT and tracker.finished.wait(_UNWIND_LIMIT_S):
+        return  # the main thread was in Python, and KeyboardInterrupt reached it
+    _end(tracker, 128 + number)
 
 
 def _end(tracker: Tracker, exit_code: int) -> None:
@@ -239,37 +208,10 @@ def _end(tracker: Tracker, exit_code: int) -> None:
     os._exit(exit_code)
 
 
-def _leave_to_watcher(signum: int, frame: FrameType | None) -> None:
-    """Nothing: the wakeup fd has told the watcher."""
-
-
 def _exit_code(error: BaseException) -> int:
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else int(error.code is not None)
     return 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
-
-
-def _hold_signals() -> None:
-    """Before a fork: a signal that reached the child before `_disarm` would be told to the parent's watcher."""
-    if _watched:
-        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-
-
-def _release_signals() -> None:
-    if _watched:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
-
-
-def _disarm() -> None:
-    """In a forked child: have its signals do what they do in any process."""
-    if _watched:
-        signal.set_wakeup_fd(-1)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        _release_signals()
-        _watched.clear()
-
-
-os.register_at_fork(before=_hold_signals, after_in_parent=_release_signals, after_in_child=_disarm)
 
 
 def tracked_at(tracker: Tracker, run_dir: Path) -> Tracked | None:

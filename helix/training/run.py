@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
 from lightning.pytorch import Callback, Trainer
 
+from helix.checkpoint.agree import from_rank_0
 from helix.config.environment import local_ranks, resolve_device, speaks
 from helix.config.methods import to_name
 from helix.config.schema import ITEMSIZE, digest, to_grid, to_options, to_shape
@@ -24,6 +26,7 @@ from helix.ranks.agreement import agree_on
 from helix.ranks.launch import launch
 from helix.ranks.process_group import hosts
 from helix.study.between import host_ranks
+from helix.study.failing import forget
 from helix.study.provenance import now
 from helix.study.report import MethodLabel, Schedules, Tracked
 from helix.study.text import TrainingText, corpus, describe, unigram_entropy
@@ -64,13 +67,16 @@ def _rank(settings: TrainConfig, run_dir: Path, device: str, began: str, text: b
     """What each rank does; rank 0 returns the report."""
     agree_on(asdict(settings), run_dir)
     beginning = begin(settings, run_dir)
+    again = beginning.restart is not None
+    if again:  # on rank 0 alone, and before any rank can fail in this start
+        from_rank_0(partial(forget, beginning.run_dir))
     ring.keep_in(beginning.run_dir)  # of the first start, if the ranks were started again
     if dist.get_rank() != 0:
         train(settings, device, text, Tracker(None, None), beginning)
         return None
     run_dir = beginning.run_dir
     run_dir.mkdir(parents=True, exist_ok=True)
-    with track(settings.logger, run_dir, asdict(settings)) as tracker:
+    with track(settings.logger, run_dir, asdict(settings), again) as tracker:
         trained = train(settings, device, text, tracker, beginning)
         report = _report(settings, began, text, trained, tracked_at(tracker, run_dir))
         write(report, run_dir / settings.REPORT)
