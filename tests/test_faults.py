@@ -99,7 +99,9 @@ def test_what_is_left_of_a_failed_job(tmp_path: Path) -> None:
     faults: list[str] = []
     assert not left_in(tmp_path, faults).failed
     (tmp_path / "failed.json").write_text(json.dumps({"reason": "so", "traceback": "long"}))
-    (tmp_path / "history.jsonl").write_text('{"_step": 0, "loss": 1.5}\n{"_step": 1, "loss": 1.25}\n')
+    (tmp_path / "history.jsonl").write_text(
+        '{"_step": 0, "loss": 1.5}\n{"_st{"_step": 1}\n{"_step": 1, "loss": 1.25}\n'
+    )
     left = left_in(tmp_path, faults)
     assert dict(left.failed) == {"reason": "so"}
     assert left.history["loss"] == [1.5, 1.25]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -18,7 +19,7 @@ from commands import ROOT
 
 from helix.flight import activity
 from helix.ranks import heartbeat
-from helix.ranks.failure import RankError
+from helix.ranks.failure import RankError, stop
 from helix.ranks.heartbeat import Heartbeat
 
 
@@ -43,17 +44,21 @@ def test_a_rank_that_falls_silent_is_named_and_the_watchers_own_pause_is_not_sil
     monkeypatch.setattr(Heartbeat, "_end", end)
     monkeypatch.setattr(Heartbeat, "_say", say)
     both = [Heartbeat(store, number, ["here a", "here a"]) for number in range(2)]
-    time.sleep(0.5)
-    clock = time.monotonic
-    monkeypatch.setattr(time, "monotonic", lambda: clock() + 60)  # as after Ctrl-Z and `fg`
-    assert not ended.wait(0.8)
-    mute.set()
-    assert ended.wait(5)
-    mute.clear()
-    assert "rank 1 (host here) was lost (stopped, or cut off" in str(found[0])
-    for each in both:
-        each._thread.join(5)
-        assert not each._thread.is_alive()
+    try:
+        time.sleep(0.5)
+        clock = time.monotonic
+        monkeypatch.setattr(time, "monotonic", lambda: clock() + 60)  # as after Ctrl-Z and `fg`
+        assert not ended.wait(0.8)
+        mute.set()
+        assert ended.wait(5)
+        mute.clear()
+        assert "rank 1 (host here) was lost (stopped, or cut off" in str(found[0])
+        for each in both:
+            each._thread.join(5)
+            assert not each._thread.is_alive()
+    finally:
+        for each in reversed(both):
+            each.leave()
 
 
 @contextmanager
@@ -90,38 +95,56 @@ def test_torchruns_sigterm_may_come_before_the_death_behind_it(monkeypatch: pyte
         assert "rank 1 (host here) was lost (its process ended without a word) during start" in dict(found)[0]
 
 
+def test_signals_are_the_processs_own_again_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with two(monkeypatch):
+        assert signal.getsignal(signal.SIGTERM) != before
+    assert signal.getsignal(signal.SIGTERM) == before
+    began = time.monotonic()
+    stop()
+    assert time.monotonic() - began < 0.1
+
+
 def test_a_rank_that_alone_was_told_to_end_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with two(monkeypatch) as (both, found):
         both[1]._settle()
-        assert not found
-        close(both[1])
         assert ended(both[0])
-        assert "rank 1 (host here) was lost (its process was told to end, as by SIGTERM)" in dict(found)[0]
+        assert "rank 1 (host here) was told to end, as by SIGTERM, during start" in dict(found)[0]
 
 
 def test_of_ranks_that_all_were_told_to_end_none_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with two(monkeypatch) as (both, found):
-        for each in reversed(both):
-            each._settle()
+        for each in reversed(both):  # at once, as no launcher waits for one of them
+            each._stopped.set()
+            each._wake()
+        time.sleep(0.5)
         close(both[1])
         assert not ended(both[0], 1.2)
         assert not found
 
 
-@pytest.mark.parametrize("logger", ["none", "wandb"])
-def test_torchrun_on_one_host_names_who_was_killed(tmp_path: Path, logger: str) -> None:
+LOST = {
+    signal.SIGKILL: "was lost (its process ended without a word)",
+    signal.SIGTERM: "was told to end, as by SIGTERM,",
+}
+
+
+@pytest.mark.parametrize(
+    ("how", "logger"), [(signal.SIGKILL, "none"), (signal.SIGKILL, "wandb"), (signal.SIGTERM, "none")]
+)
+def test_torchrun_on_one_host_names_who_was_lost(tmp_path: Path, how: signal.Signals, logger: str) -> None:
     small = ["model=dense", "model.layers=1", "model.width=32", "model.heads=2", "model.head_dim=16"]
     work = ["workload.batch_size=1", "workload.seq_len=8", "workload.runs=100000", f"logger={logger}"]
     command = ["infer.py", *small, *work, "parallel=helix_1x2", f"hydra.run.dir={tmp_path / 'out'}"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     env = os.environ | {"TMPDIR": str(tmp_path)}
     with subprocess.Popen([*torchrun, *command], cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True) as job:
-        os.kill(measuring(tmp_path, job), signal.SIGKILL)
+        os.kill(measuring(tmp_path, job), how)
         _, errors = job.communicate(timeout=60)
     assert job.returncode == 1
     said = [line for line in errors.splitlines() if line.startswith("infer.py: error: ")]
     assert len(said) == 1, errors
-    assert " was lost (its process ended without a word) during" in said[0]
+    assert f"rank 1 (host {socket.gethostname()}) {LOST[how]} during " in said[0]
     assert (tmp_path / "out" / "failed.json").is_file()
 
 

@@ -171,6 +171,9 @@ def test_a_task_that_sees_its_own_gpu_alone_is_not_left_to_the_cpu(
     monkeypatch.setattr(environment, "gpus", lambda: 1)
     assert check_device("auto", 4) == "cpu"
     monkeypatch.setenv(*next(iter(variable.items())))
+    assert check_device("auto", 4) == "cpu"  # one task, whose ranks are forked
+    for key, value in SLURM.items():
+        monkeypatch.setenv(key, value)
     assert check_device("auto", 1) == "cuda"
     assert check_device("cpu", 4) == "cpu"
     for asked in ("auto", "cuda"):

@@ -101,7 +101,8 @@ def gpus() -> int:
 
 def dealt_out() -> bool:
     """Whether SLURM shows each of its tasks a GPU of its own alone, as `--gpus-per-task` asks."""
-    return "SLURM_GPUS_PER_TASK" in os.environ or "gres/gpu" in os.environ.get("SLURM_TRES_PER_TASK", "")
+    asked = "SLURM_GPUS_PER_TASK" in os.environ or "gres/gpu" in os.environ.get("SLURM_TRES_PER_TASK", "")
+    return asked and (launcher := started()) is not None and launcher.by == "SLURM"
 
 
 def kernel_namespace() -> str:

@@ -1,9 +1,10 @@
 """Ranks that torchrun or SLURM started tell each other that they live, so that none waits for one that is gone.
 
 Each rank has a thread, and a connection to rank 0's; on it goes, every two seconds and at each new phase, what the
-rank is doing. Three things end the job, and rank 0 decides which was first:
+rank is doing. Four things end the job, and rank 0 decides which was first:
 
-    a connection closes        the rank's process has ended without a word, as by SIGKILL; or it was told to end
+    a connection closes        the rank's process has ended without a word, as by SIGKILL
+    a rank was told to end     and this one was not
     nothing comes for 15 s     it is stopped, or its host is cut off from the network
     a rank says it has raised  what it raised
 
@@ -46,16 +47,21 @@ from helix.ranks.signals import signals
 BEAT_S = 2.0
 # The thread beats between others' turns at Python's lock, which no single call holds for so long.
 SILENT_S = 15.0
-# What a rank raised may be the echo of one that died, whose closed connection is seen within this time; one that was
-# told to end may have been with all others, as this one is then within it.
+# What a rank raised may be the echo of one that died, whose closed connection is seen within this time.
 _ECHO_S = 0.5
+# One that was told to end may have been with all others, as this one is then within this time.
+_DOUBT_S = 0.3
+# How long after SIGTERM a lost rank may be found to be behind it; longer than the doubt of the others.
+_SETTLE_S = 0.6
 # How long the others wait before they end, since the launcher then stops the one that still has something to say.
 _GRACE_S = 1.0
 _TICK_S = 0.25
-# How long after SIGTERM a lost rank may be found behind it.
-_SETTLE_S = 0.25
 # After Ctrl-C, how long the main thread gets to unwind by itself.
 _UNWIND_S = 1.0
+# How long a rank that is raising what ended the job has to say it, once torchrun stops it.
+_SAY_S = 5.0
+# Of ranks of this process that have raised: still needed until it ends, or goes on to a next launch.
+_raised: list[ExitStack] = []
 
 
 class Heartbeat:
@@ -74,12 +80,12 @@ class Heartbeat:
         self._rank = number
         self._own: RankError | None = None
         self._raised: list[RankError] = []
-        self._closed: list[tuple[float, Peer]] = []  # when, and whose connection
+        self._closed: list[Peer] = []  # whose connection
         self._waited = 0.0  # since when, for what may have been before it
         self._decided, self._told = threading.Event(), False
         self._verdict: RankError | None = None
         self._leaving = False
-        self._stopped = threading.Event()  # told to end
+        self._stopped, self._announced = threading.Event(), threading.Event()  # told to end; the others know
         self._selector = selectors.DefaultSelector()
         self._bell, self._woken = socket.socketpair()  # wakes the thread: a new phase, an error, the end
         self._bell.setblocking(False)
@@ -88,6 +94,8 @@ class Heartbeat:
         self._thread = threading.Thread(target=self._run, name="helix-heartbeat", daemon=True)
         self._thread.start()
         activity.listen(self._wake)
+        while _raised:
+            _raised.pop().close()
         self._undo = ExitStack()
         self._undo.enter_context(failure.settled(self._settle))
         if threading.current_thread() is threading.main_thread():
@@ -101,11 +109,11 @@ class Heartbeat:
 
     def leave(self) -> None:
         """Tell the others that this rank has done its work, and stop."""
-        self._undo.close()
         activity.listen(None)
         self._leaving = True
         self._wake()
         self._thread.join()
+        self._undo.close()
 
     def blame(self, error: BaseException) -> None:
         """Tell the others what this rank raised; returns if it is to be raised, as no lost rank is behind it."""
@@ -117,19 +125,24 @@ class Heartbeat:
         if self._verdict is not None and not self._verdict.trace:
             self._thread.join()  # it ends this process
         error.__cause__ = self._own  # whose trace has the error's own cause
+        _raised.append(self._undo)
 
     def _on_signal(self, number: int) -> None:
         if number == signal.SIGINT:
             self._thread.join(_UNWIND_S)
-        if self._thread.is_alive():
-            failure.stop()
-            os._exit(128 + number)
+            if not self._thread.is_alive():
+                return
+        failure.stop()
+        if self._own is not None:
+            time.sleep(_SAY_S)
+        os._exit(128 + number)
 
     def _settle(self) -> None:
         """This process was told to stop: have the others know. Returns if no lost rank is found behind it."""
         self._stopped.set()
         self._wake()
-        self._decided.wait(_SETTLE_S)
+        if self._thread.is_alive() and self._announced.wait(_GRACE_S):
+            self._decided.wait(_SETTLE_S)
         if self._verdict is not None:
             self._thread.join()
 
@@ -169,8 +182,11 @@ class Heartbeat:
             before = now
             if now - beaten >= BEAT_S:
                 beaten = now
-                self._say(self._state())
-            for key, _ in self._selector.select(_TICK_S):
+                self._say(state := self._state())
+                if "stopped" in state:
+                    self._announced.set()
+            told = any(each.stopped_at for each in self._peers)
+            for key, _ in self._selector.select(_DOUBT_S / 10 if told else _TICK_S):
                 if key.fileobj is self._woken:
                     self._woken.recv(64)
                     beaten = 0.0
@@ -205,7 +221,7 @@ class Heartbeat:
         if said is None:
             self._refuse(line)
             if peer is not None and not peer.parted:
-                self._closed.append((time.monotonic(), peer))
+                self._closed.append(peer)
             return
         for words in said:
             peer = peer or self._introduced(line, words)
@@ -232,7 +248,9 @@ class Heartbeat:
         peer.silent_s = 0.0
         for name in ("pid", "phase", "last"):
             setattr(peer, name, words.get(name, getattr(peer, name)))
-        peer.parted, peer.stopped = peer.parted or "bye" in words, peer.stopped or "stopped" in words
+        peer.parted = peer.parted or "bye" in words
+        if "stopped" in words and not peer.stopped_at:
+            peer.stopped_at = time.monotonic()
         if "raised" in words and all(each.rank != peer.rank for each in self._raised):
             self._raised.append(RankError(*words["raised"]))
         if "verdict" in words:
@@ -242,11 +260,12 @@ class Heartbeat:
     def _decide(self) -> RankError | None:
         """What ends the job, if anything does."""
         now = time.monotonic()
-        for at, peer in sorted(self._closed, key=lambda each: each[1].stopped):
-            if not peer.stopped:
+        for peer in self._closed:
+            if not peer.stopped_at:
                 return peer.lost("was lost (its process ended without a word)")
-            if now - at >= _ECHO_S and not self._stopped.is_set():
-                return peer.lost("was lost (its process was told to end, as by SIGTERM)")
+        for peer in self._peers:
+            if peer.stopped_at and now - peer.stopped_at >= _DOUBT_S and not self._stopped.is_set():
+                return peer.lost("was told to end, as by SIGTERM,")
         if (silent := self._silent()) and silent[0].silent_s >= SILENT_S:
             others = ranks_in_words([each.rank for each in silent[1:]])
             more = f"so {'is' if len(silent) == 2 else 'are'} {others}" if silent[1:] else ""

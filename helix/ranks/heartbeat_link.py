@@ -58,7 +58,10 @@ class Line:
 
 @dataclass
 class Peer:
-    """Another rank, as far as it is known here; `silent_s` counts only while this process runs."""
+    """Another rank, as far as it is known here; `silent_s` counts only while this process runs.
+
+    `stopped_at` is when it said that it was told to end; 0 if it was not.
+    """
 
     number: int
     host: str
@@ -69,7 +72,7 @@ class Peer:
     line: Line | None = None
     silent_s: float = 0.0
     parted: bool = False
-    stopped: bool = False
+    stopped_at: float = 0.0
 
     def lost(self, what: str, more: str = "") -> RankError:
         last = f"its last collective was {self.last}" if self.last else ""

@@ -44,7 +44,10 @@ def _history(path: Path) -> dict[str, list[Any]]:
     """A record for each step, as W&B has it; ranks that were started again have come to some steps twice."""
     steps: dict[Any, dict[str, Any]] = {}
     for number, line in enumerate(path.read_text().splitlines() if path.exists() else []):
-        record = dict(json.loads(line))
+        try:
+            record = dict(json.loads(line))
+        except (ValueError, TypeError):  # cut off on a full disk, and the next start's first line behind it
+            continue
         step = record.get("_step")
         key = ("line", number) if step is None else step
         steps[key] = steps.get(key, {}) | record  # the later value of a step counts
