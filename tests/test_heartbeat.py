@@ -18,7 +18,7 @@ import torch.distributed as dist
 from commands import ROOT
 
 from helix.flight import activity
-from helix.ranks import heartbeat
+from helix.ranks import heartbeat, verdict
 from helix.ranks.failure import RankError, stop
 from helix.ranks.heartbeat import Heartbeat
 
@@ -26,7 +26,7 @@ from helix.ranks.heartbeat import Heartbeat
 def test_a_rank_that_falls_silent_is_named_and_the_watchers_own_pause_is_not_silence(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(heartbeat, "SILENT_S", 1.0)
+    monkeypatch.setattr(verdict, "SILENT_S", 1.0)
     monkeypatch.setattr(activity, "_heard", None)  # so that later tests are not listened to
     store, ended, mute = dist.HashStore(), threading.Event(), threading.Event()
     found: list[RankError] = []
@@ -40,7 +40,8 @@ def test_a_rank_that_falls_silent_is_named_and_the_watchers_own_pause_is_not_sil
         if not (self._number == 1 and mute.is_set()):
             whole(self, words)
 
-    monkeypatch.setattr(heartbeat, "BEAT_S", 0.2)
+    for module in (heartbeat, verdict):
+        monkeypatch.setattr(module, "BEAT_S", 0.2)
     monkeypatch.setattr(Heartbeat, "_end", end)
     monkeypatch.setattr(Heartbeat, "_say", say)
     both = [Heartbeat(store, number, ["here a", "here a"]) for number in range(2)]

@@ -37,21 +37,14 @@ from uuid import uuid4
 import torch.distributed as dist
 
 from helix.flight import activity, ring
-from helix.flight.parting import ranks_in_words
 from helix.ranks import failure
 from helix.ranks.failure import RankError, end_agent
 from helix.ranks.heartbeat_link import FIRST_BYTES, LINE_BYTES, Line, Peer, serve
 from helix.ranks.hosts import first_of_host, hosts_of
 from helix.ranks.signals import signals
+from helix.ranks.verdict import BEAT_S, DOUBT_S, SILENT_S, Known
 
-BEAT_S = 2.0
-# The thread beats between others' turns at Python's lock, which no single call holds for so long.
-SILENT_S = 15.0
-# What a rank raised may be the echo of one that died, whose closed connection is seen within this time.
-_ECHO_S = 0.5
-# One that was told to end may have been with all others, as this one is then within this time.
-_DOUBT_S = 0.3
-# How long after SIGTERM a lost rank may be found to be behind it; longer than the doubt of the others.
+# How long after SIGTERM a lost rank may be found to be behind it; longer than others doubt (DOUBT_S) what it says.
 _SETTLE_S = 0.6
 # How long the others wait before they end, since the launcher then stops the one that still has something to say.
 _GRACE_S = 1.0
@@ -77,11 +70,9 @@ class Heartbeat:
         self._number, self._said = number, said
         others, known = range(1, len(said)) if number == 0 else range(1), hosts_of(said)
         self._peers = [Peer(other, known.where(other), other) for other in others]
+        self._known = Known(self._peers, first=number == 0)
         self._rank = number
         self._own: RankError | None = None
-        self._raised: list[RankError] = []
-        self._closed: list[Peer] = []  # whose connection
-        self._waited = 0.0  # since when, for what may have been before it
         self._decided, self._told = threading.Event(), False
         self._verdict: RankError | None = None
         self._leaving = False
@@ -186,13 +177,15 @@ class Heartbeat:
                 if "stopped" in state:
                     self._announced.set()
             told = any(each.stopped_at for each in self._peers)
-            for key, _ in self._selector.select(_DOUBT_S / 10 if told else _TICK_S):
+            for key, _ in self._selector.select(DOUBT_S / 10 if told else _TICK_S):
                 if key.fileobj is self._woken:
                     self._woken.recv(64)
                     beaten = 0.0
                 else:
                     self._hear(key)
-            if (found := self._verdict or self._decide()) is not None:
+            if self._own is not None and self._own not in self._known.raised:
+                self._known.raised.insert(0, self._own)  # what all raise alike, rank 0 says
+            if (found := self._verdict or self._known.verdict(self._stopped.is_set())) is not None:
                 self._end(found)
                 return
         self._say({"bye": True})
@@ -221,7 +214,7 @@ class Heartbeat:
         if said is None:
             self._refuse(line)
             if peer is not None and not peer.parted:
-                self._closed.append(peer)
+                self._known.closed.append(peer)
             return
         for words in said:
             peer = peer or self._introduced(line, words)
@@ -251,47 +244,21 @@ class Heartbeat:
         peer.parted = peer.parted or "bye" in words
         if "stopped" in words and not peer.stopped_at:
             peer.stopped_at = time.monotonic()
-        if "raised" in words and all(each.rank != peer.rank for each in self._raised):
-            self._raised.append(RankError(*words["raised"]))
+        if "raised" in words:
+            self._known.note_raised(RankError(*words["raised"]))
         if "verdict" in words:
             self._verdict, self._told = RankError(*words["verdict"]), True
             self._kill(words.get("silent", []))
 
-    def _decide(self) -> RankError | None:
-        """What ends the job, if anything does."""
-        now = time.monotonic()
-        for peer in self._closed:
-            if not peer.stopped_at:
-                return peer.lost("was lost (its process ended without a word)")
-        for peer in self._peers:
-            if peer.stopped_at and now - peer.stopped_at >= _DOUBT_S and not self._stopped.is_set():
-                return peer.lost("was told to end, as by SIGTERM,")
-        if (silent := self._silent()) and silent[0].silent_s >= SILENT_S:
-            others = ranks_in_words([each.rank for each in silent[1:]])
-            more = f"so {'is' if len(silent) == 2 else 'are'} {others}" if silent[1:] else ""
-            what = f"was lost (stopped, or cut off: nothing was heard of it for {SILENT_S:.0f} s)"
-            return silent[0].lost(what, more)
-        if self._number == 0 and self._own is not None and self._own not in self._raised:
-            self._raised.insert(0, self._own)  # what all raise alike, rank 0 says
-        if self._number != 0 or not self._raised:
-            return None
-        self._waited = self._waited or now
-        return self._raised[0] if now - self._waited >= _ECHO_S else None
-
-    def _silent(self) -> list[Peer]:
-        """Who is not heard of, the longest first: those of one host fall silent within the same two beats."""
-        found = [each for each in self._peers if not each.parted and each.silent_s >= SILENT_S - 2 * BEAT_S]
-        return sorted(found, key=lambda each: -each.silent_s)
-
     def _end(self, verdict: RankError) -> None:
         """End this process, unless its main thread is raising what says the same."""
-        self._verdict = verdict
+        self._verdict, silent = verdict, [(each.number, each.pid) for each in self._known.silent()]
         if self._number == 0:
-            self._say({"verdict": verdict.short(), "silent": [[each.number, each.pid] for each in self._silent()]})
+            self._say({"verdict": verdict.short(), "silent": silent})
         self._decided.set()
         if self._own is not None and verdict.trace:
             return
-        self._kill([(each.number, each.pid) for each in self._silent()])
+        self._kill(silent)
         failure.tell(verdict, speaks := self._speaks())
         if not speaks:
             self._stopped.wait(_GRACE_S)
