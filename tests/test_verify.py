@@ -134,7 +134,8 @@ def test_gpus_that_are_dealt_out_by_task_are_refused_instead_of_verifying_the_cp
 ) -> None:
     monkeypatch.setattr("helix.certify.run.launch", lambda *args, **kwargs: pytest.fail("something was launched"))
     monkeypatch.setattr(environment, "gpus", lambda: 1)
-    monkeypatch.setenv("SLURM_GPUS_PER_TASK", "1")
+    for name, value in {"SLURM_GPUS_PER_TASK": "1", "SLURM_PROCID": "0", "SLURM_NTASKS": "2"}.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match="ask for --gpus-per-node, or choose device=cpu"):
         helix.verify(Grid(2, 1), SHAPE)
 
