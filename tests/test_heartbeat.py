@@ -23,11 +23,22 @@ from helix.ranks.failure import RankError, stop
 from helix.ranks.heartbeat import Heartbeat
 
 
+@pytest.fixture(autouse=True)
+def _as_in_a_new_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Without what launches before have left in this one: a phase, signals' handlers of ranks that raised."""
+    monkeypatch.setattr(activity, "_phase", activity.START)
+    monkeypatch.setattr(activity, "_heard", None)
+    while heartbeat._raised:
+        heartbeat._raised.pop().close()
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
 def test_a_rank_that_falls_silent_is_named_and_the_watchers_own_pause_is_not_silence(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(verdict, "SILENT_S", 1.0)
-    monkeypatch.setattr(activity, "_heard", None)  # so that later tests are not listened to
     store, ended, mute = dist.HashStore(), threading.Event(), threading.Event()
     found: list[RankError] = []
 
@@ -65,7 +76,6 @@ def test_a_rank_that_falls_silent_is_named_and_the_watchers_own_pause_is_not_sil
 @contextmanager
 def two(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[list[Heartbeat], list[tuple[int, str]]]]:
     """Two ranks of one host in this process, and what each of them says ends it."""
-    monkeypatch.setattr(activity, "_heard", None)
     found: list[tuple[int, str]] = []
     monkeypatch.setattr(Heartbeat, "_end", lambda self, verdict: found.append((self._number, str(verdict))))
     store = dist.HashStore()
