@@ -27,8 +27,14 @@ def _untold(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def other_says(address: str | None, refusal: str | None = None) -> dist.Store:
     """The launcher's store, in which the process of another host, number 1, has said how it reached it."""
+    return others_say({1: address}, refusal)
+
+
+def others_say(addresses: dict[int, str | None], refusal: str | None = None) -> dist.Store:
+    """The same of several processes, by their numbers."""
     store = dist.HashStore()
-    store.set("reached/1", json.dumps({"address": address, "refusal": refusal}))
+    for number, address in addresses.items():
+        store.set(f"reached/{number}", json.dumps({"address": address, "refusal": refusal}))
     return store
 
 
@@ -48,19 +54,13 @@ def test_a_process_says_by_which_address_it_reached_the_launchers_store() -> Non
 def test_a_loopback_address_of_the_stores_host_is_no_way_to_it(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As where that host's own name stands for 127.0.1.1; this process is of the second of three hosts."""
     monkeypatch.setenv("MASTER_ADDR", address)
-    store = dist.HashStore()
-    for number, said in ((0, "127.0.0.1"), (2, None)):
-        store.set(f"reached/{number}", json.dumps({"address": said, "refusal": None}))
-    choose_interface(store, 1, [0, 1, 2])
+    choose_interface(others_say({0: "127.0.0.1", 2: None}), 1, [0, 1, 2])
     assert os.environ[VARIABLE] == OWN[address]
 
 
 def test_the_stores_host_takes_a_way_that_is_no_loopback() -> None:
     address = next((each for each in OWN if not each.startswith("127.")), "127.0.0.1")
-    store = dist.HashStore()
-    for number, said in ((1, "127.0.0.1"), (2, address)):
-        store.set(f"reached/{number}", json.dumps({"address": said, "refusal": None}))
-    choose_interface(store, 0, [0, 1, 2])
+    choose_interface(others_say({1: "127.0.0.1", 2: address}), 0, [0, 1, 2])
     assert os.environ[VARIABLE] == OWN[address]
 
 

@@ -21,7 +21,7 @@ from helix.parallel.methods.method import Job, Layout
 from helix.partition import wire
 from helix.partition.grid import PartitionError, shard_range
 from helix.partition.shape import TransformerShape
-from helix.ranks.hosts import first_of_host, own_host
+from helix.ranks.process_group import hosts
 
 
 class HuggingFace(LibraryTensorParallel):
@@ -78,15 +78,15 @@ class HuggingFace(LibraryTensorParallel):
     @contextmanager
     def saved(self) -> Iterator[str]:
         """The folder with the weights, written by one rank of each host, as long as any rank is in the body."""
-        said: list[str] = [""] * dist.get_world_size()
-        folders: list[str | OSError | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(said, own_host())
+        rank, of = dist.get_rank(), hosts().of
+        first = of.index(of[rank])  # of this host
+        folders: list[str | OSError | None] = [None] * len(of)
         with ExitStack() as stack:
-            own = self._save(stack) if first_of_host(said, dist.get_rank()) else None
+            own = self._save(stack) if rank == first else None
             dist.all_gather_object(folders, own)
             if errors := [each for each in folders if isinstance(each, OSError)]:
                 raise errors[0]  # on every rank
-            found = folders[said.index(said[dist.get_rank()])]
+            found = folders[first]
             assert isinstance(found, str)
             yield found
             dist.barrier()
